@@ -1,0 +1,15 @@
+"""
+hf_fpdt: finetune Hugging Face models on very long sequences, streamed chunk by chunk (FPDT, arXiv 2408.16978).
+
+Importing it makes "fpdt" a valid `attn_implementation`; a model made that way streams when it trains or evaluates.
+"""
+
+from .attention_interface import register
+from .config import FPDTConfig
+from .modeling import apply_fpdt, restore, watch_models
+from .version import __version__
+
+__all__ = ["FPDTConfig", "__version__", "apply_fpdt", "restore"]
+
+register()
+watch_models()

@@ -1,0 +1,124 @@
+"""
+Next-token cross-entropy from hidden states, a chunk of tokens at a time: no tensor of size tokens x vocabulary exists.
+
+For hidden states `h`, a head `f` (linear layer, then scaling or softcap) and labels `t`:
+
+    loss = sum_i  logsumexp(f(h_i)) - f(h_i)[t_i]      over positions i whose label is not ignored
+
+1. drop the ignored positions (one host synchronization a call, to learn how many are left);
+2. per chunk: logits, loss and grad_logits; from them grad_h of the chunk and the head's weight gradients, summed in fp32;
+3. the backward multiplies both by the incoming gradient, so that a loss scaled later scales every gradient.
+
+Gradients are kept without the normalization (1/tokens): it arrives with the incoming gradient, in fp32, where it cannot
+underflow. Memory: O(chunk * vocabulary) + grad_h (size of h) + fp32 weight gradients.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .gradient_sum import GradientSum
+from .run_state import AutocastState
+
+# Elements of the logits of one chunk: 4,096 tokens of a 128K vocabulary on a GPU, where a shorter chunk would make the
+# head's matrix products inefficient.
+AUTO_CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 24}
+_SCALED_ROWS = 8192  # tokens of grad_hidden scaled at a time
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    weights: Sequence[Tensor],
+    *,
+    vocab_size: int,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        hidden: `[..., hidden]`, any number of leading dimensions.
+        labels: the labels of these positions, already shifted; as many as positions.
+        head: `[tokens, hidden] -> [tokens, vocab_size]` logits.
+        weights: the trainable parameters that `head` uses.
+
+    Returns:
+        The sum of the losses, fp32 and 0-dim, and the number of positions that counted, int64 and 0-dim. With none, the sum
+        is 0 and so are the gradients.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    labels = labels.reshape(-1).to(flat.device)
+    if labels.numel() != flat.shape[0]:
+        raise ValueError(f"labels have {labels.numel()} positions and the hidden states {flat.shape[0]}; they must agree.")
+    kept = torch.nonzero(labels != ignore_index).squeeze(-1)
+    limit = AUTO_CHUNK_LOGITS.get(flat.device.type, AUTO_CHUNK_LOGITS["cpu"])
+    chunks = torch.split(kept, max(1, limit // vocab_size)) if kept.numel() else ()
+    count = torch.tensor(kept.numel(), device=flat.device)
+    if not torch.is_grad_enabled() or not (flat.requires_grad or weights):
+        total = flat.new_zeros((), dtype=torch.promote_types(flat.dtype, torch.float32))
+        for rows in chunks:
+            total += _loss_sum(head(flat[rows]), labels[rows])
+        return total, count
+    call = (head, labels, chunks, AutocastState(flat.device.type))
+    return _ChunkedCrossEntropy.apply(call, flat, *weights), count
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    # One fused kernel from 16-bit logits to fp32 log-probabilities: no fp32 copy of the logits.
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(_log_probs(logits), labels, reduction="sum")
+
+
+def _loss_and_grad_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss and its gradient `softmax(logits) - onehot(labels)`, in place of the log-probabilities."""
+    log_probs = _log_probs(logits)
+    loss = F.nll_loss(log_probs, labels, reduction="sum")
+    grad = log_probs.exp_()
+    grad[torch.arange(labels.numel(), device=labels.device), labels] -= 1
+    return loss, grad.to(logits.dtype)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """`(hidden, *weights) -> loss sum`; the gradients are computed in the forward and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx, call, hidden, *weights):
+        head, labels, chunks, autocast = call
+        needs_grad_hidden = ctx.needs_input_grad[1]
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grad_hidden = torch.zeros_like(hidden) if needs_grad_hidden else None
+        sums = GradientSum(len(chunks))
+        for rows in chunks:
+            hidden_chunk = hidden[rows].detach().requires_grad_(needs_grad_hidden)
+            with torch.enable_grad(), autocast.context():
+                logits = head(hidden_chunk)
+            loss, grad_logits = _loss_and_grad_logits(logits.detach(), labels[rows])
+            inputs = (hidden_chunk, *weights) if needs_grad_hidden else weights
+            grads = torch.autograd.grad(logits, inputs, grad_logits)
+            del logits, grad_logits
+            total += loss
+            if needs_grad_hidden:
+                grad_hidden[rows] = grads[0]
+            sums.add(grads[needs_grad_hidden:])
+        ctx.grad_hidden, ctx.sums, ctx.like = grad_hidden, (sums if chunks else None), weights
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        grad_hidden, sums, weights = ctx.grad_hidden, ctx.sums, ctx.like
+        if weights is None:
+            raise RuntimeError("backward through the chunked loss a second time: its gradients were released by the first.")
+        ctx.grad_hidden = ctx.sums = ctx.like = None
+        if grad_hidden is not None:
+            for rows in torch.split(grad_hidden, _SCALED_ROWS):
+                # In fp32: rounding the scale itself to 16 bits would shift every gradient by the same error.
+                rows.copy_(rows.to(grad_total.dtype) * grad_total)
+        grad_weights = [torch.zeros_like(w) for w in weights] if sums is None else sums.result(scale=grad_total)
+        return None, grad_hidden, *grad_weights

@@ -1,0 +1,72 @@
+"""What a streamed forward cannot honour, refused before anything runs: each with what was got, what is needed, and the knob."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor) -> None:
+    """
+    Args:
+        model: the model that owns the decoder layers.
+        arguments: arguments of its forward by name.
+        tokens: its `input_ids` or `inputs_embeds`, `[batch, seq_len, ...]`.
+
+    Raises:
+        ValueError: for padding, packed documents, attention outputs, `nn.DataParallel`.
+    """
+    name = type(model).__name__
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            f"{name} runs under nn.DataParallel, which copies modules at every step and cannot be streamed. Start the script "
+            "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if arguments.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        raise ValueError(
+            f'{name}: output_attentions=True needs the full attention matrix; attn_implementation="fpdt" never has it. '
+            'Set output_attentions=False, or use attn_implementation="eager".'
+        )
+    _check_mask(name, arguments.get("attention_mask"), tokens)
+    _check_positions(name, arguments.get("position_ids"))
+    for packing in _PACKING:
+        if arguments.get(packing) is not None:
+            raise ValueError(
+                f'{name}: {packing} was given, which asks for packed documents; attn_implementation="fpdt" does not keep '
+                "documents apart yet. Use one document a row (packing=False)."
+            )
+
+
+def _check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
+    if mask is None:
+        return
+    if not torch.is_tensor(mask) or mask.ndim != 2:
+        shape = list(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
+        raise ValueError(
+            f'{name}: attention_mask of shape {shape} was given; attn_implementation="fpdt" takes no prepared mask, only '
+            f"causal attention over [batch, seq_len] = {list(tokens.shape[:2])}. Leave attention_mask out."
+        )
+    padded = int((mask == 0).sum())
+    if padded:
+        raise ValueError(
+            f'{name}: attention_mask marks {padded} of {mask.numel()} positions as padding; attn_implementation="fpdt" does '
+            "not support padding yet. Use sequences of one length (group or cut them; per_device_train_batch_size=1 needs no "
+            "padding), or right-pad, give the padding labels of -100 and leave attention_mask out, which under causal "
+            "attention is the same."
+        )
+
+
+def _check_positions(name: str, positions: Tensor | None) -> None:
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
+        return
+    steps = positions[:, 1:] - positions[:, :-1]
+    breaks = int((steps != 1).sum())
+    if breaks:
+        raise ValueError(
+            f"{name}: position_ids restart or jump {breaks} times, which asks for packed documents; "
+            'attn_implementation="fpdt" does not keep documents apart yet. Use one document a row (packing=False), or leave '
+            "position_ids out."
+        )

@@ -1,0 +1,68 @@
+"""
+Replacing the `forward` of one module instance: no class is changed, the replacement survives `copy.deepcopy` (a bound method is
+bound again to the copy) and can be undone.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+_INNER = "_fpdt_inner_forward"
+
+
+def replace_forward(module: nn.Module, run: Callable[..., Any]) -> None:
+    """
+    From now on `module(*args, **kwargs)` is `run(module, args, kwargs)`. The old forward is `inner_forward(module)`, and
+    `inspect.signature(module.forward)` still shows its parameters.
+    """
+    module.__dict__.setdefault(_INNER, module.__dict__.get("forward"))
+    module.forward = MethodType(_as_forward(run, type(module)), module)
+
+
+def inner_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that was replaced."""
+    inner = module.__dict__.get(_INNER)
+    return inner if inner is not None else MethodType(type(module).forward, module)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    return _INNER in module.__dict__
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undoes `replace_forward`, if it was done."""
+    if not is_replaced(module):
+        return
+    inner = module.__dict__.pop(_INNER)
+    if inner is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = inner
+
+
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by parameter name, as the class's forward would see them; defaults are not filled in."""
+    names = _parameter_names(type(module))
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@lru_cache
+def _parameter_names(module_class: type) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(module_class.forward).parameters.values())[1:]  # without self
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
+@lru_cache
+def _as_forward(run: Callable[..., Any], module_class: type) -> Callable[..., Any]:
+    def forward(self, *args, **kwargs):
+        return run(self, args, kwargs)
+
+    # Not functools.wraps: accelerate unwraps a model's forward along __wrapped__, past this one.
+    forward.__signature__ = inspect.signature(module_class.forward)
+    forward.__doc__ = module_class.forward.__doc__
+    return forward

@@ -1,0 +1,74 @@
+"""Which attention kernel runs: chosen once per device, dtype and head size, by trying it against the definition."""
+
+import logging
+from functools import lru_cache
+
+import torch
+
+from .attention_kernels import KERNELS, AttentionKernel
+from .causal_attention import attend_prefix, attend_prefix_backward
+
+logger = logging.getLogger(__name__)
+
+# Largest relative error of out and gradients, in the 2-norm, that still counts as right. Rounding alone gives about 3e-3 in
+# bfloat16, 4e-4 in float16 and 1e-6 in float32; a wrong mask, scale or head mapping gives more than 0.1.
+_MAX_ERROR = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+@lru_cache
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> AttentionKernel:
+    """
+    The kernel called `name`, or for `"auto"` the fastest that supports such tensors and agrees with the definition.
+
+    Raises:
+        ValueError: if the named kernel cannot run such tensors here, or computes them wrongly.
+    """
+    candidates = KERNELS.values() if name == "auto" else (KERNELS[name],)
+    reasons = []
+    for kernel in candidates:
+        reason = kernel.why_not(device, dtype, head_dim, value_dim) or _probe(kernel, device, dtype, head_dim, value_dim)
+        if reason is None:
+            logger.info(
+                "hf_fpdt: attention kernel %s for %s, %s, head_dim %d%s",
+                kernel.name, device.type, str(dtype).removeprefix("torch."), head_dim,
+                "".join(f"; {text}" for text in reasons),
+            )  # fmt: skip
+            return kernel
+        reasons.append(f"{kernel.name} {reason}")
+    usable = [k.name for k in KERNELS.values() if k.why_not(device, dtype, head_dim, value_dim) is None]
+    raise ValueError(
+        f"FPDTConfig(kernel={name!r}): {'; '.join(reasons)}. Usable here: {', '.join(usable)}; "
+        'kernel="auto" takes the fastest of them.'
+    )
+
+
+def _probe(kernel: AttentionKernel, device, dtype, head_dim, value_dim) -> str | None:
+    """Runs a small causal prefix with grouped heads; None if it agrees with the definition, else what went wrong."""
+    if kernel.name == "naive":
+        return None
+    generator = torch.Generator(device=device).manual_seed(0)  # its own: the user's random stream is not touched
+
+    def draw(length, heads, dim):
+        return torch.randn(2, length, heads, dim, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+    query, key, value = draw(96, 4, head_dim), draw(224, 2, head_dim), draw(224, 2, value_dim)
+    grad_out = draw(96, 4, value_dim)
+    try:
+        results = [_run(k, grad_out, query, key, value) for k in (kernel, KERNELS["naive"])]
+    except Exception as error:  # a kernel may fail in any way on a machine it was not built for
+        return f"failed its probe with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for label, got, want in zip(("out", "grad_query", "grad_key", "grad_value"), *results, strict=True):
+        error = (torch.linalg.vector_norm(got.double() - want.double()) / torch.linalg.vector_norm(want.double())).item()
+        if not error <= _MAX_ERROR[dtype]:  # also true for NaN
+            return f"is wrong here: {label} differs from the definition by {error:.1e} (relative, 2-norm)"
+    return None
+
+
+def _run(kernel, grad_out, query, key, value):
+    scale = query.shape[-1] ** -0.5
+    grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+    if query.dtype == torch.float64:
+        grad_key, grad_value = grad_key.double(), grad_value.double()
+    out, lse = attend_prefix(kernel, query, key, value, scale)
+    grad_query = attend_prefix_backward(kernel, grad_out, query, key, value, out, lse, scale, grad_key, grad_value)
+    return out, grad_query, grad_key, grad_value

@@ -1,0 +1,278 @@
+"""
+Making a transformers model stream, and undoing it.
+
+Every model instance that gets `attn_implementation="fpdt"` has its `forward` wrapped. At a call without a cache the wrapper
+checks the inputs, opens a `StreamedPass`, and the decoder layers of the model (wrapped at the first call) stream themselves.
+The wrapper reads the attention implementation at every call, so switching a model to "sdpa" and back just works.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from .attention_interface import NAME, uses_attention_interface
+from .config import FPDTConfig
+from .input_checks import check_streamable
+from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
+from .layer_stream import LayerCall, stream_layer
+from .model_loss import chunked_loss, remove_chunked_loss
+from .streamed_pass import active_pass, streamed_pass
+from .token_stream import stream_tokens
+
+logger = logging.get_logger(__name__)
+
+_CONFIG, _PREVIOUS = "_fpdt_config", "_fpdt_previous_implementation"
+
+
+def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=None) -> nn.Module:
+    """
+    Streams a model with the given settings; a model of another `attn_implementation` is switched over.
+
+    Args:
+        model (`PreTrainedModel` or a PEFT model around one):
+            A causal LM whose attention goes through transformers' attention interface. Changed in place.
+        config (`FPDTConfig`, *optional*): the settings; the defaults if not given.
+        sp_group (`torch.distributed.ProcessGroup`, *optional*):
+            Sequence-parallel group. Only groups of one process work in this version.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a model that cannot be streamed, by class, and for a group of several processes.
+    """
+    base = _transformers_model(model)
+    config = FPDTConfig() if config is None else config
+    if not isinstance(config, FPDTConfig):
+        raise ValueError(f"apply_fpdt(config=...) got {type(config).__name__}; an FPDTConfig is needed.")
+    if sp_group is not None and sp_group.size() > 1:
+        raise ValueError(
+            f"apply_fpdt(sp_group=...) got a group of {sp_group.size()} processes; this version streams on one process per "
+            "sequence. Pass sp_group=None and use data parallelism."
+        )
+    _check_class(type(base))
+    if not any(_decoder_layers(owner) for owner in _models_in(base)):
+        raise ValueError(
+            f"{type(base).__name__} has no causal decoder layers that could be streamed (modules of transformers' "
+            "GradientCheckpointingLayer with one causal attention each). Use another attn_implementation."
+        )
+    previous = base.config._attn_implementation
+    if previous != NAME:
+        base.set_attn_implementation(NAME)
+        base.__dict__[_PREVIOUS] = previous
+    for owner in _models_in(base):
+        attach(owner)
+        owner.__dict__[_CONFIG] = config
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """
+    Undoes `apply_fpdt` or `attn_implementation="fpdt"`: forwards, loss function and attention implementation are as before
+    (for a model that was made with "fpdt": what transformers would have chosen). Returns the same model.
+    """
+    base = _transformers_model(model)
+    if base.config._attn_implementation == NAME:
+        previous = base.__dict__.get(_PREVIOUS) or base.get_correct_attn_implementation(None)
+        base.set_attn_implementation(previous)
+    for owner in _models_in(base):
+        remove_chunked_loss(owner)
+        for attribute in (_CONFIG, _PREVIOUS):
+            owner.__dict__.pop(attribute, None)
+    for module in base.modules():
+        restore_forward(module)
+    return model
+
+
+def watch_models() -> None:
+    """
+    Attaches to every model that gets `attn_implementation="fpdt"`, at construction or later. transformers resolves the name in
+    one method of the model, which has no hook: it is the only one of its methods that is wrapped, once per process.
+    """
+    original = PreTrainedModel.get_correct_attn_implementation
+
+    @wraps(original)
+    def get_correct_attn_implementation(self, *args, **kwargs):
+        implementation = original(self, *args, **kwargs)
+        if implementation == NAME:
+            _check_class(type(self))
+            for owner in _models_in(self):
+                attach(owner)
+        return implementation
+
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Wraps the forward of one model instance; harmless if done before."""
+    if not is_replaced(model):
+        replace_forward(model, _run_model)
+
+
+def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
+    forward = inner_forward(model)
+    if model.config._attn_implementation != NAME:
+        return forward(*args, **kwargs)
+    arguments = named_arguments(model, args, kwargs)
+    if not _streams(model, arguments):
+        return forward(*args, **kwargs)
+    arguments["use_cache"] = False
+    layers = _decoder_layers(model)
+    if not layers:  # a model around the one that has the layers
+        with chunked_loss(model, arguments):
+            return forward(**arguments)
+    tokens = _input_tokens(model, arguments)
+    check_streamable(model, arguments, tokens)
+    _wire(model, layers)
+    config = model.__dict__.get(_CONFIG) or FPDTConfig()
+    with streamed_pass(config, *tokens.shape[:2], tokens.device), _without_checkpointing(layers):
+        return forward(**arguments)
+
+
+def _streams(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    """Whether this call runs without a cache. In training, or with labels, nobody reads one: it is turned off."""
+    if arguments.get("past_key_values") is not None:
+        return False
+    if model.training or arguments.get("labels") is not None:
+        if arguments.get("use_cache"):
+            logger.warning_once('hf_fpdt: use_cache=True has no use in training; it is off with attn_implementation="fpdt".')
+        return True
+    use_cache = arguments.get("use_cache")
+    return not (getattr(model.config, "use_cache", False) if use_cache is None else use_cache)
+
+
+def _input_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
+    for name in ("input_ids", "inputs_embeds"):
+        if arguments.get(name) is not None:
+            return arguments[name]
+    raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds; it needs one of them.")
+
+
+def _wire(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    for layer in layers:
+        if not is_replaced(layer):
+            replace_forward(layer, _run_layer)
+    for child in model.children():
+        if type(child).__name__.endswith(("RMSNorm", "LayerNorm")) and not is_replaced(child):
+            replace_forward(child, _run_norm)
+
+
+def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    running = active_pass()
+    if running is None:
+        return inner_forward(layer)(*args, **kwargs)
+    arguments = named_arguments(layer, args, kwargs)
+    hidden = arguments.pop("hidden_states")
+    returned: list[int] = []
+
+    def forward(x_chunk, **chunk_arguments):
+        with _without_checkpointing([layer]):
+            result = inner_forward(layer)(x_chunk, **chunk_arguments)
+        returned[:] = [len(result)] if isinstance(result, tuple) else []
+        return result
+
+    call = LayerCall(
+        name=f"{type(layer).__name__} {_layer_index(layer)}",
+        forward=forward,
+        arguments=lambda span: {name: _of_chunk(name, value, span, running) for name, value in arguments.items()},
+        spans=running.spans,
+        kernel=running.config.kernel,
+        save_attention=running.save_attention,
+        offload=running.offload,
+    )
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    output, running.last_saved = stream_layer(call, hidden, weights, running.last_saved)
+    return (output, *[None] * (returned[0] - 1)) if returned else output
+
+
+def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    running, forward = active_pass(), inner_forward(norm)
+    if running is None or kwargs or len(args) != 1 or args[0].ndim != 3 or args[0].shape[1] != running.seq_len:
+        return forward(*args, **kwargs)
+    weights = [weight for weight in norm.parameters() if weight.requires_grad]
+    return stream_tokens(forward, args[0], weights, running.spans)
+
+
+def _of_chunk(name: str, value: Any, span: tuple[int, int], running) -> Any:
+    """The part of an argument of a layer that belongs to a chunk: tensors with one entry a token are cut on that dimension."""
+    if isinstance(value, tuple | list):
+        return type(value)(_of_chunk(name, item, span, running) for item in value)
+    if not torch.is_tensor(value):
+        return value
+    if value.requires_grad:
+        raise ValueError(
+            f'A decoder layer was called with {name}, a tensor that requires grad; with attn_implementation="fpdt" only the '
+            "hidden states may. Detach it, or use another attn_implementation."
+        )
+    if value.ndim >= 2 and value.shape[1] == running.seq_len:
+        return value[:, slice(*span)]
+    if value.ndim == 1 and value.shape[0] == running.seq_len:
+        return value[slice(*span)]
+    return value
+
+
+@contextmanager
+def _without_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
+    """A streamed layer is its own activation checkpoint: transformers' would compute it twice."""
+    flags = [layer.gradient_checkpointing for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer.gradient_checkpointing = flag
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers PreTrainedModel, nor a PEFT model around one.")
+    return base
+
+
+def _check_class(model_class: type) -> None:
+    if not uses_attention_interface(model_class):
+        raise ValueError(
+            f"{model_class.__name__} has attention code of its own that does not go through transformers' AttentionInterface, "
+            'so attn_implementation="fpdt" cannot stream it. Use one of the implementations it supports ("eager", "sdpa").'
+        )
+
+
+def _models_in(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The streamable layers that belong to this model and to no model inside it, in order."""
+    layers = [module for module in _own_modules(model) if isinstance(module, GradientCheckpointingLayer)]
+    causal = [layer for layer in layers if len(_causal_attention(layer)) == 1]
+    if causal and len(causal) < len(layers):
+        others = sorted({type(layer).__name__ for layer in layers if layer not in causal} or {"?"})
+        raise ValueError(
+            f"{type(model).__name__} mixes {len(causal)} causal attention layers with {len(layers) - len(causal)} others "
+            f'({", ".join(others)}); attn_implementation="fpdt" needs every layer to have one causal attention.'
+        )
+    return causal
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if not isinstance(child, PreTrainedModel):
+            yield child
+            yield from _own_modules(child)
+
+
+def _causal_attention(layer: nn.Module) -> list[nn.Module]:
+    return [m for m in layer.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
+
+
+def _layer_index(layer: nn.Module) -> int:
+    return _causal_attention(layer)[0].layer_idx

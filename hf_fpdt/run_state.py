@@ -1,0 +1,48 @@
+"""The state of the caller that a later re-run of a module must see again: random streams and autocast."""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+
+class RandomState:
+    """The CPU's and one device's random streams at the moment of construction. No host synchronization."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def set(self) -> None:
+        """Makes this the current state."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+@contextmanager
+def preserved_random_state(device: torch.device):
+    """What runs inside draws as it likes; afterwards the streams are where they were before."""
+    before = RandomState(device)
+    try:
+        yield
+    finally:
+        before.set()
+
+
+class AutocastState:
+    """The autocast setting at the moment of construction."""
+
+    def __init__(self, device_type: str):
+        self._device_type = device_type
+        self._enabled = torch.is_autocast_enabled(device_type)
+        self._dtype = torch.get_autocast_dtype(device_type)
+
+    def context(self):
+        """
+        Autocast as it was, without its cache of cast weights: a copy cast inside of a Function's forward has no gradient,
+        and the cache would hand it to code outside that needs one.
+        """
+        if not self._enabled:
+            return nullcontext()
+        return torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)

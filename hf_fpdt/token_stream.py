@@ -1,0 +1,66 @@
+"""
+A module that works on every token alone, streamed: for the final norm, whose fp32 intermediates would otherwise be several
+times as long as the sequence. `y_i = module(x_i)` chunk by chunk; the backward runs each chunk again and holds only its
+intermediates. Exact by construction.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gradient_sum import GradientSum
+from .run_state import AutocastState
+
+
+def stream_tokens(
+    forward: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], spans: Sequence[tuple[int, int]]
+) -> Tensor:
+    """
+    `forward(x)` for a token-wise, deterministic `forward` on `x [batch, seq_len, hidden]`.
+
+    Args:
+        weights: the trainable parameters that `forward` uses.
+        spans: `(start, stop)` of every chunk of the sequence, in order.
+    """
+    if not (torch.is_grad_enabled() and (x.requires_grad or weights)):
+        return _forward(forward, x, spans)
+    return _StreamedTokens.apply(forward, spans, AutocastState(x.device.type), x, *weights)
+
+
+def _forward(forward, x: Tensor, spans) -> Tensor:
+    y = None
+    for start, stop in spans:
+        y_chunk = forward(x[:, start:stop])
+        y = y_chunk.new_empty(*x.shape[:2], *y_chunk.shape[2:]) if y is None else y
+        y[:, start:stop] = y_chunk
+    return y
+
+
+class _StreamedTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, spans, autocast, x, *weights):
+        ctx.call, ctx.weights = (forward, spans, autocast), weights
+        ctx.save_for_backward(x)
+        with autocast.context():
+            return _forward(forward, x, spans)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        forward, spans, autocast = ctx.call
+        needs_grad_x = ctx.needs_input_grad[3]
+        grad_x = torch.empty_like(x) if needs_grad_x else None
+        sums = GradientSum(len(spans))
+        for start, stop in spans:
+            x_chunk = x[:, start:stop].detach().requires_grad_(needs_grad_x)
+            with torch.enable_grad(), autocast.context():
+                y_chunk = forward(x_chunk)
+            inputs = (x_chunk, *ctx.weights) if needs_grad_x else ctx.weights
+            grads = torch.autograd.grad(y_chunk, inputs, grad_y[:, start:stop])
+            if needs_grad_x:
+                grad_x[:, start:stop] = grads[0]
+            sums.add(grads[needs_grad_x:])
+        return None, None, None, grad_x, *sums.result()

@@ -1,0 +1,138 @@
+"""
+Tensors that wait for the backward: kept where they are, or moved to page-locked host memory under the compute.
+
+Concurrency contract. Every process has one device-to-host and one host-to-device stream per device; "compute" is whatever
+stream is current for the caller.
+
+- `save` makes the D2H stream wait for compute as it stands, then copies. The source stays referenced until its copy is done;
+  only then can the allocator hand its memory to later compute. At most `max_pending` sources wait at a time: beyond that,
+  compute (not the host) waits for the oldest copy.
+- `prefetch` takes device memory on the compute stream, makes the H2D stream wait for compute as it stands (the memory may have
+  been freed by work still queued) and for the D2H copy of the same tensor, then copies. `get` makes compute wait for it.
+  A tensor that was prefetched is freed by compute after `get`, so its memory is not used again before the copy is over.
+- `release` returns the host memory at once. The next user of that memory writes it on the D2H stream after waiting for
+  compute, and compute has waited for the last H2D read in `get`; if `get` was never called, `release` makes compute wait.
+
+The host never waits: there is no `synchronize` in this module.
+"""
+
+from collections import deque
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .host_arena import HostArena
+
+
+class KeptTensor:
+    """A tensor that stays where it is. Same interface as `HostCopy`."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def prefetch(self) -> None:
+        """Nothing to do: the tensor is there."""
+
+    def get(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"A tensor of shape {list(self._tensor.shape)} that a streamed layer needs in its backward was changed in "
+                "place after the layer ran. Replace the in-place operation on the layer's input or output."
+            )
+        return self._tensor
+
+    def release(self) -> None:
+        self._tensor = None
+
+
+class HostCopy:
+    """A tensor on its way to, in, or on its way back from host memory."""
+
+    def __init__(self, transfers: "Transfers", tensor: Tensor):
+        self._piece = None  # set first: __del__ runs even if the arena refuses
+        self._transfers = transfers
+        self._device = tensor.device
+        self._piece = transfers.arena.take(tensor.numel() * tensor.element_size())
+        num_bytes = tensor.numel() * tensor.element_size()
+        self._host = self._piece.memory()[:num_bytes].view(tensor.dtype).view(tensor.shape)
+        self._written = transfers.copy_to_host(tensor, self._host)
+        self._fetched: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def prefetch(self) -> None:
+        """Starts the copy to the device, if it was not started yet."""
+        if self._fetched is None:
+            self._fetched = self._transfers.copy_to_device(self._host, self._written, self._device)
+
+    def get(self) -> Tensor:
+        """The tensor on the device, safe to use on the current stream."""
+        self.prefetch()
+        tensor, arrived = self._fetched
+        torch.cuda.current_stream(self._device).wait_event(arrived)
+        return tensor
+
+    def release(self) -> None:
+        """Drops the device copy and returns the host memory. More than once is harmless."""
+        if self._piece is None:
+            return
+        if self._fetched is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._fetched[1])
+        self._piece.give_back()
+        self._piece = self._host = self._fetched = None
+
+    def __del__(self):
+        # A graph that is dropped without a backward gives its host memory back as well.
+        self.release()
+
+
+class Transfers:
+    """The two copy streams of one CUDA device and the host memory they use."""
+
+    max_pending = 8
+
+    def __init__(self, device: torch.device):
+        self.arena = HostArena()
+        self._d2h_stream = torch.cuda.Stream(device)
+        self._h2d_stream = torch.cuda.Stream(device)
+        self._pending: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def copy_to_host(self, tensor: Tensor, host: Tensor) -> torch.cuda.Event:
+        tensor = tensor.contiguous()  # a strided source would be staged inside copy_, and the host would wait for it
+        self._d2h_stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._d2h_stream):
+            host.copy_(tensor, non_blocking=True)
+            done = self._d2h_stream.record_event()
+        self._pending.append((done, tensor))
+        self.drop_finished(self.max_pending)
+        return done
+
+    def copy_to_device(self, host: Tensor, written: torch.cuda.Event, device: torch.device):
+        self.drop_finished(self.max_pending)
+        tensor = torch.empty(host.shape, dtype=host.dtype, device=device)
+        self._h2d_stream.wait_stream(torch.cuda.current_stream(device))
+        self._h2d_stream.wait_event(written)
+        with torch.cuda.stream(self._h2d_stream):
+            tensor.copy_(host, non_blocking=True)
+            return tensor, self._h2d_stream.record_event()
+
+    def drop_finished(self, max_pending: int) -> None:
+        """Forgets sources whose copy is done, and makes compute wait for the oldest while more than `max_pending` are left."""
+        while self._pending:
+            done, tensor = self._pending[0]
+            if not done.query():
+                if len(self._pending) <= max_pending:
+                    return
+                torch.cuda.current_stream(tensor.device).wait_event(done)
+            self._pending.popleft()
+
+
+@lru_cache
+def transfers_for(device: torch.device) -> Transfers:
+    """The transfers of a device, made at first use."""
+    return Transfers(device)
+
+
+def keep_for_backward(tensor: Tensor, *, on_host: bool) -> KeptTensor | HostCopy:
+    """Keeps a tensor for the backward, in host memory if asked to."""
+    return HostCopy(transfers_for(tensor.device), tensor) if on_host else KeptTensor(tensor)
