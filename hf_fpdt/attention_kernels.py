@@ -133,6 +133,7 @@ class _CudaKernel(AttentionKernel):
     """What the CUDA kernels have in common: 16-bit floats, and a limit on the head dimension."""
 
     aligns_last = True
+    dtypes = _HALF
     max_head_dim = 256
     min_capability = (8, 0)
     distinct_value_dim = False
@@ -140,8 +141,9 @@ class _CudaKernel(AttentionKernel):
     def why_not(self, device, dtype, head_dim, value_dim):
         if device.type != "cuda":
             return f"runs on CUDA devices only, and the tensors are on {device.type}"
-        if dtype not in _HALF:
-            return f"needs float16 or bfloat16, and the attention runs in {str(dtype).removeprefix('torch.')}"
+        if dtype not in self.dtypes:
+            names = [str(x).removeprefix("torch.") for x in (*self.dtypes, dtype)]
+            return f"needs {' or '.join(names[:-1])}, and the attention runs in {names[-1]}"
         if head_dim % 8 or value_dim % 8 or max(head_dim, value_dim) > self.max_head_dim:
             return f"needs a head_dim that 8 divides, at most {self.max_head_dim}, and the model has {head_dim}"
         if value_dim != head_dim and not self.distinct_value_dim:
@@ -169,8 +171,43 @@ class TorchFlashKernel(_CudaKernel):
         )
 
 
+class TorchEfficientKernel(_CudaKernel):
+    """
+    torch's memory-efficient attention: slower, but for fp32 and for GPUs before Ampere. Causal is aligned with the first key,
+    heads are not grouped, and its lse is padded to a multiple of 32 queries.
+    """
+
+    name = "torch_efficient"
+    aligns_last = False
+    dtypes = (torch.float32, *_HALF)
+    min_capability = (7, 0)
+
+    def forward(self, query, key, value, *, causal, scale):
+        tensors = (x.transpose(1, 2) for x in (query, *self._widen(query, key, value)))
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(*tensors, None, True, 0.0, causal, scale=scale)
+        return out.transpose(1, 2), lse[:, :, : query.shape[1]].contiguous()
+
+    def backward(self, grad_out, query, key, value, out, lse, *, causal, scale):
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+        wide = self._widen(query, key, value)
+        grad_out, query_t, key_t, value_t, out = (x.transpose(1, 2) for x in (grad_out, query, *wide, out))
+        rng = _philox_placeholder(query.device, torch.int64)[:1].view(())
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, query_t, key_t, value_t, None, out, lse, rng, rng, 0.0, [True, True, True, False], causal, scale=scale
+        )
+        grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in grads[:3])
+        return grad_query, _sum_heads(grad_key, key), _sum_heads(grad_value, value)
+
+    def _widen(self, query, key, value):
+        groups = query.shape[2] // key.shape[2]
+        return key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+
+
 class CudnnKernel(_CudaKernel):
-    """cuDNN's fused attention through torch. Causal is aligned with the first key; its lse is `[batch, heads, queries, 1]`."""
+    """
+    cuDNN's fused attention through torch. Causal is aligned with the first key; its lse is `[batch, heads, queries, 1]`. It
+    has no problem of one query and one key, so the definition takes that one.
+    """
 
     name = "cudnn"
     aligns_last = False
@@ -178,11 +215,15 @@ class CudnnKernel(_CudaKernel):
     min_capability = (9, 0)
 
     def forward(self, query, key, value, *, causal, scale):
+        if query.shape[1] == key.shape[1] == 1:
+            return NaiveKernel().forward(query, key, value, causal=causal, scale=scale)
         tensors = (x.transpose(1, 2) for x in (query, key, value))
         result = aten._scaled_dot_product_cudnn_attention(*tensors, None, True, 0.0, causal, False, scale=scale)
         return result[0].transpose(1, 2), result[1].squeeze(-1)
 
     def backward(self, grad_out, query, key, value, out, lse, *, causal, scale):
+        if query.shape[1] == key.shape[1] == 1:
+            return NaiveKernel().backward(grad_out, query, key, value, out, lse, causal=causal, scale=scale)
         tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
         rng = _philox_placeholder(query.device, torch.int64)[:1].view(())
         grads = aten._scaled_dot_product_cudnn_attention_backward(
@@ -254,6 +295,7 @@ KERNELS: dict[str, AttentionKernel] = {
         CudnnKernel(),
         FlashAttention2Kernel(),
         TorchFlashKernel(),
+        TorchEfficientKernel(),
         TorchCpuKernel(),
         NaiveKernel(),
     )

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from .cross_entropy import cross_entropy_and_grad, cross_entropy_sum
 from .gradient_sum import GradientSum
 from .run_state import AutocastState
 
@@ -60,28 +60,10 @@ def chunked_cross_entropy(
     if not torch.is_grad_enabled() or not (flat.requires_grad or weights):
         total = flat.new_zeros((), dtype=torch.promote_types(flat.dtype, torch.float32))
         for rows in chunks:
-            total += _loss_sum(head(flat[rows]), labels[rows])
+            total += cross_entropy_sum(head(flat[rows]), labels[rows])
         return total, count
     call = (head, labels, chunks, AutocastState(flat.device.type))
     return _ChunkedCrossEntropy.apply(call, flat, *weights), count
-
-
-def _log_probs(logits: Tensor) -> Tensor:
-    # One fused kernel from 16-bit logits to fp32 log-probabilities: no fp32 copy of the logits.
-    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.nll_loss(_log_probs(logits), labels, reduction="sum")
-
-
-def _loss_and_grad_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss and its gradient `softmax(logits) - onehot(labels)`, in place of the log-probabilities."""
-    log_probs = _log_probs(logits)
-    loss = F.nll_loss(log_probs, labels, reduction="sum")
-    grad = log_probs.exp_()
-    grad[torch.arange(labels.numel(), device=labels.device), labels] -= 1
-    return loss, grad.to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -98,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_chunk = hidden[rows].detach().requires_grad_(needs_grad_hidden)
             with torch.enable_grad(), autocast.context():
                 logits = head(hidden_chunk)
-            loss, grad_logits = _loss_and_grad_logits(logits.detach(), labels[rows])
+            loss, grad_logits = cross_entropy_and_grad(logits.detach(), labels[rows])
             inputs = (hidden_chunk, *weights) if needs_grad_hidden else weights
             grads = torch.autograd.grad(logits, inputs, grad_logits)
             del logits, grad_logits

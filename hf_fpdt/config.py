@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-KERNEL_NAMES = ("flash_attention_4", "flash_attention_2", "cudnn", "torch_flash", "torch_cpu", "naive")
+KERNEL_NAMES = ("flash_attention_4", "flash_attention_2", "cudnn", "torch_flash", "torch_efficient", "torch_cpu", "naive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,11 +14,12 @@ class FPDTConfig:
         chunk_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Global tokens of one sequence that one pipeline step handles, at least 1. Any length works: the last chunk may
             be shorter, and a chunk longer than the sequence means one chunk. `"auto"` cuts the sequence into equal chunks
-            of about 16,384 tokens (batch included) on a GPU and 2,048 on a CPU.
+            of about 32,768 tokens (batch included) on a GPU and 2,048 on a CPU.
         kernel (`str`, *optional*, defaults to `"auto"`):
             Attention kernel: one of `"flash_attention_4"`, `"flash_attention_2"`, `"cudnn"`, `"torch_flash"`,
-            `"torch_cpu"`, `"naive"`. `"auto"` checks the installed ones numerically, once, and takes the fastest that is
-            right; the choice is logged at INFO. A named kernel that cannot run the model is an error, never a fallback.
+            `"torch_efficient"`, `"torch_cpu"`, `"naive"`. `"auto"` checks the installed ones numerically, once, and takes
+            the fastest that is right; the choice is logged at INFO. A named kernel that cannot run the model is an error,
+            never a fallback.
         save_attention (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Keep each layer's attention output and log-sum-exp from the forward for the backward, so that attention is not
             computed twice (`"auto"` does). `False` saves `2 * num_heads * head_dim` bytes a token and layer (16-bit) and

@@ -1,12 +1,14 @@
 """
 Page-locked host memory: locked once, in exactly sized pieces, and used again across layers and steps.
 
-torch's own pinned allocator rounds every request up to a power of two (up to twice the memory) and locks inside the step.
-Here anonymous memory is mapped in slabs and locked with `cudaHostRegister`; a best-fit list hands out pieces and joins them
-again when they come back. Not thread-safe for one device: the forward and the backward of one model take turns.
+torch's own pinned allocator rounds every request up to a power of two (up to twice the memory) and locks inside the step. Here
+anonymous memory is mapped in slabs and locked with `cudaHostRegister`; a best-fit list hands out pieces and joins them again
+when they come back. An arena that is dropped unlocks its slabs. Not thread-safe: the forward and the backward of the models on
+one device take turns.
 """
 
 import mmap
+import weakref
 from bisect import bisect_left, insort
 
 import torch
@@ -17,11 +19,18 @@ _SLAB_BYTES = 512 << 20
 
 
 class HostArena:
-    """Hands out page-locked host memory by the byte. Slabs are mapped when needed and stay until the process ends."""
+    """
+    Hands out page-locked host memory by the byte. Slabs are mapped when needed and stay as long as the arena.
 
-    def __init__(self, slab_bytes: int = _SLAB_BYTES, register=None):
+    Args:
+        slab_bytes: least size of a slab.
+        lock, unlock: called with each slab, a `uint8` tensor, when it is mapped and when the arena is gone. `lock` raises
+            RuntimeError if it cannot.
+    """
+
+    def __init__(self, slab_bytes: int = _SLAB_BYTES, lock=None, unlock=None):
         self._slab_bytes = slab_bytes
-        self._register = register or _register_with_cuda
+        self._lock, self._unlock = lock or _cuda_lock, unlock or _cuda_unlock
         self._slabs: list[Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # per slab: sorted (offset, bytes), no two adjacent
 
@@ -72,13 +81,14 @@ class HostArena:
         size = max(size, self._slab_bytes)
         try:
             slab = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-            self._register(slab)
+            self._lock(slab)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
                 f"hf_fpdt could not lock {size / 2**30:.2f} GiB more of host memory ({self.locked_bytes / 2**30:.2f} GiB "
                 f'are locked already): {error}. Use FPDTConfig(offload="none"), FPDTConfig(save_attention=False), or a '
                 "shorter sequence."
             ) from error
+        weakref.finalize(self, self._unlock, slab).atexit = False  # at exit the driver goes first
         self._slabs.append(slab)
         self._free.append([(0, size)])
 
@@ -100,6 +110,11 @@ class HostPiece:
             arena.give_back(self)
 
 
-def _register_with_cuda(slab: Tensor) -> None:
+def _cuda_lock(slab: Tensor) -> None:
     result = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0)
     torch.cuda.check_error(int(result))
+
+
+def _cuda_unlock(slab: Tensor) -> None:
+    torch.cuda.synchronize()  # a copy may still be in flight; nothing in a step gets here
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())))

@@ -246,6 +246,13 @@ class _Chunk:
                 'Use attn_implementation="sdpa" for this model.'
             )
         self.attended = True
+        if torch.is_autocast_enabled(query.device.type):  # rotary embedding may have left 16 bits, as for torch's SDPA
+            query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
+        if not query.dtype == key.dtype == value.dtype:
+            raise ValueError(
+                f"{self.call.name}: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they must have one "
+                "dtype. Load the model in one dtype, or run it under autocast (bf16=True)."
+            )
         kernel = choose_kernel(self.call.kernel, query.device, query.dtype, query.shape[-1], value.shape[-1])
         return self._attend(kernel, query.contiguous(), key, value, scale)
 

@@ -8,7 +8,7 @@ The wrapper reads the attention implementation at every call, so switching a mod
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
     call = LayerCall(
         name=f"{type(layer).__name__} {_layer_index(layer)}",
         forward=forward,
-        arguments=lambda span: {name: _of_chunk(name, value, span, running) for name, value in arguments.items()},
+        arguments=partial(_arguments_of_chunk, arguments, running.seq_len),
         spans=running.spans,
         kernel=running.config.kernel,
         save_attention=running.save_attention,
@@ -200,10 +200,14 @@ def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return stream_tokens(forward, args[0], weights, running.spans)
 
 
-def _of_chunk(name: str, value: Any, span: tuple[int, int], running) -> Any:
+def _arguments_of_chunk(arguments: dict[str, Any], seq_len: int, span: tuple[int, int]) -> dict[str, Any]:
+    return {name: _of_chunk(name, value, span, seq_len) for name, value in arguments.items()}
+
+
+def _of_chunk(name: str, value: Any, span: tuple[int, int], seq_len: int) -> Any:
     """The part of an argument of a layer that belongs to a chunk: tensors with one entry a token are cut on that dimension."""
     if isinstance(value, tuple | list):
-        return type(value)(_of_chunk(name, item, span, running) for item in value)
+        return type(value)(_of_chunk(name, item, span, seq_len) for item in value)
     if not torch.is_tensor(value):
         return value
     if value.requires_grad:
@@ -211,9 +215,9 @@ def _of_chunk(name: str, value: Any, span: tuple[int, int], running) -> Any:
             f'A decoder layer was called with {name}, a tensor that requires grad; with attn_implementation="fpdt" only the '
             "hidden states may. Detach it, or use another attn_implementation."
         )
-    if value.ndim >= 2 and value.shape[1] == running.seq_len:
+    if value.ndim >= 2 and value.shape[1] == seq_len:
         return value[:, slice(*span)]
-    if value.ndim == 1 and value.shape[0] == running.seq_len:
+    if value.ndim == 1 and value.shape[0] == seq_len:
         return value[slice(*span)]
     return value
 

@@ -98,7 +98,9 @@ class Transfers:
         self._pending: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def copy_to_host(self, tensor: Tensor, host: Tensor) -> torch.cuda.Event:
-        tensor = tensor.contiguous()  # a strided source would be staged inside copy_, and the host would wait for it
+        # A strided source would be staged inside copy_, and the host would wait for it. Detached: what waits here must not
+        # keep the graph alive that the tensor came from.
+        tensor = tensor.detach().contiguous()
         self._d2h_stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(self._d2h_stream):
             host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,100 @@
+"""
+What is compared: each function builds a model on the GPU, random weights, and returns it with the function that does one
+forward and backward on token ids `[1, seq_len]` and returns the loss.
+
+`sdpa`      transformers' SDPA attention and activation checkpointing.
+`liger`     Liger's fused rotary, norm, MLP activation and linear cross-entropy, cuDNN SDPA, activation checkpointing.
+`alst`      DeepSpeed's tiled MLP and tiled logits loss, Arctic's checkpoint offload to host memory, cuDNN SDPA.
+`fpdt`      this package on the unmodified transformers modules.
+`fpdt+liger` this package with Liger's fused rotary, norm and MLP activation (`use_liger_kernel` without its loss).
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaForCausalLM
+
+
+def build(name: str, config, fpdt_settings: dict):
+    """The model and its step for a contender's name."""
+    if name in ("liger", "fpdt+liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=name == "liger", cross_entropy=False)
+    if name == "alst":
+        _tile_llama_mlp()
+        _offload_checkpoints()
+    model = _model(config, "fpdt" if name.startswith("fpdt") else "sdpa")
+    if name.startswith("fpdt"):
+        import hf_fpdt
+
+        hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**fpdt_settings))
+        return model, partial(_step, model, contextlib.nullcontext)
+    model.gradient_checkpointing_enable({"use_reentrant": name == "alst"})
+    if name == "sdpa":
+        return model, partial(_step, model, contextlib.nullcontext)
+    cudnn = partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION])
+    return model, partial(_tiled_step if name == "alst" else _step, model, cudnn)
+
+
+def _model(config, attn_implementation: str):
+    if attn_implementation == "fpdt":
+        import hf_fpdt  # noqa: F401  (makes the name known)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    config._attn_implementation = attn_implementation
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).train()
+
+
+def _step(model, context, ids):
+    with context():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    return loss.detach()
+
+
+def _tiled_step(model, context, ids):
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
+
+    seq_len = ids.shape[1]
+    labels = torch.roll(ids, -1, 1)
+
+    def loss_of_tile(module, hidden, targets):
+        return torch.nn.functional.cross_entropy(module.lm_head(hidden).float(), targets, reduction="sum")
+
+    with context():
+        hidden = model.model(ids).last_hidden_state
+        tiles = math.ceil(seq_len / 16384) * 2
+        loss = TiledFusedLogitsLoss.apply(loss_of_tile, model, hidden, labels, None, tiles, [model.lm_head.weight], "sum")
+        loss = loss / seq_len
+        loss.backward()
+    return loss.detach()
+
+
+def _tile_llama_mlp():
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+    from transformers.models.llama import modeling_llama
+
+    def mlp(module, x):
+        return module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+
+    def forward(self, x):
+        weights = [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight]
+        return TiledMLP.apply(mlp, self, x, math.ceil(x.shape[1] / x.shape[2]), weights)
+
+    modeling_llama.LlamaMLP.forward = forward
+
+
+def _offload_checkpoints():
+    # The file by its path: importing the package would need everything it depends on.
+    root = importlib.util.find_spec("arctic_training").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("monkey_patches", os.path.join(root, "monkey_patches.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.monkey_patch_checkpoint_function_with_cpu_offload()
