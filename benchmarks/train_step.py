@@ -83,6 +83,8 @@ def _point(args) -> dict:
     row |= {"step_s": median, "all_steps_s": list(seconds), "loss": losses[-1]}
     row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "weights_and_grads_gib": weights}
     row |= {"tokens_per_s": seq_len / median, "host_gib": _host_gib()}
+    if args.contenders.startswith("fpdt"):
+        row |= {"kernel": _kernel(json.loads(args.fpdt)), "fpdt": json.loads(args.fpdt)}
     row |= {"model_tflops": step_flops(config, seq_len) / median / 1e12, "gpu": torch.cuda.get_device_name()}
     if row["gpu"] in PEAK_BF16:
         row["causal_mfu"] = row["model_tflops"] * 1e12 / PEAK_BF16[row["gpu"]]
@@ -102,6 +104,13 @@ def _timed(step, ids, model) -> tuple[float, float]:
     stop.record()
     torch.cuda.synchronize()
     return start.elapsed_time(stop) / 1e3, loss.item()
+
+
+def _kernel(settings: dict) -> str:
+    import torch
+    from hf_fpdt.kernel_choice import choose_kernel
+
+    return choose_kernel(settings.get("kernel", "auto"), torch.device("cuda", 0), torch.bfloat16, 128, 128).name
 
 
 def _host_gib() -> float:
@@ -147,7 +156,10 @@ def _line(row: dict) -> str:
     if row.get("out_of_memory"):
         return text + "out of memory"
     mfu = f", causal MFU {row['causal_mfu']:.1%}" if "causal_mfu" in row else ""
-    return text + f"{row['step_s']:.2f} s, peak {row['peak_gib']:.1f} GiB, host {row['host_gib']:.1f} GiB{mfu}"
+    return (
+        text
+        + f"{row['step_s']:.2f} s, peak {row['peak_gib']:.1f} GiB, host {row['host_gib']:.1f} GiB{mfu} {row.get('kernel', '')}"
+    )
 
 
 if __name__ == "__main__":

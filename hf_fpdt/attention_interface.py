@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .layer_stream import active_chunk
 from .streamed_pass import active_pass
@@ -79,6 +79,11 @@ def fpdt_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tenso
     streamed = active_pass()
     if streamed is None:
         return sdpa_mask(*args, local_size=local_size, **kwargs)
+    if local_size is None and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise ValueError(
+            "A mask other than the causal one was asked for (or_mask_function, and_mask_function or block_sequence_ids), which "
+            'attn_implementation="fpdt" does not support. Use attn_implementation="sdpa" for this model.'
+        )
     if local_size is not None and local_size < streamed.seq_len:
         raise ValueError(
             f"Sliding-window or chunked attention over {local_size} tokens is not supported with "

@@ -22,8 +22,8 @@ class FPDTConfig:
             never a fallback.
         save_attention (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Keep each layer's attention output and log-sum-exp from the forward for the backward, so that attention is not
-            computed twice (`"auto"` does). `False` saves `2 * num_heads * head_dim` bytes a token and layer (16-bit) and
-            computes the attention forward once more.
+            computed twice (`"auto"` does). `False` saves `2 * num_heads * head_dim + 4 * num_heads` bytes a token and
+            layer (16-bit) and computes the attention forward once more.
         offload (`str`, *optional*, defaults to `"auto"`):
             Where what the backward needs waits for it: `"host"` in page-locked host memory, moved under the compute,
             `"none"` on the device. `"auto"` is `"host"` for a CUDA device and `"none"` elsewhere.

@@ -25,7 +25,7 @@ def cross_entropy_and_grad(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """
     Args:
         logits: `[tokens, vocab_size]`, not changed.
-        labels: `[tokens]`, int64, every one in `[0, vocab_size)`.
+        labels: `[tokens]`, int64, every one in `[0, vocab_size)`; one outside makes the loss NaN, or is an error on a CPU.
 
     Returns:
         The summed loss (0-dim) and its gradient, shaped like the logits and in their dtype.
@@ -78,7 +78,8 @@ if triton is not None:
             maximum = larger
         row_maximum = tl.max(maximum, axis=0)
         lse = row_maximum + tl.log(tl.sum(total * tl.exp(maximum - row_maximum), axis=0))
-        tl.store(losses_ptr + row, lse - tl.load(logits_ptr + label).to(tl.float32))
+        in_range = (label >= 0) & (label < vocab_size)
+        tl.store(losses_ptr + row, lse - tl.load(logits_ptr + label, mask=in_range, other=float("nan")).to(tl.float32))
         for start in range(0, vocab_size, BLOCK):
             column = start + lane
             logits = tl.load(logits_ptr + column, mask=column < vocab_size, other=-float("inf")).to(tl.float32)

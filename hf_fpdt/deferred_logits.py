@@ -28,6 +28,7 @@ _METADATA = {
     torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.layout.__get__,
     torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__, torch.Tensor.grad_fn.__get__,
     torch.Tensor.is_cuda.__get__, torch.Tensor.ndim.__get__, torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel,
+    torch.Tensor.element_size,
     torch.Tensor.is_floating_point, torch.is_floating_point, torch.Tensor.__len__,
 }  # fmt: skip
 
@@ -104,13 +105,15 @@ class DeferredLogits(torch.Tensor):
 
 def _record(func, args, kwargs) -> DeferredLogits | None:
     """The logits with one more step, or None if the step is not elementwise with scalars or could not be replayed."""
-    logits, rest = (args[0], args[1:]) if isinstance(args[0], DeferredLogits) else (args[1], (args[0], *args[2:]))
+    position = next((i for i, value in enumerate(args) if isinstance(value, DeferredLogits)), None)
+    if position is None:  # given by keyword
+        return None
+    logits, rest = args[position], args[:position] + args[position + 1 :]
     scalars = (*rest, *kwargs.values())
-    if not isinstance(logits, DeferredLogits) or any(_is_array(value) for value in scalars):
+    if any(_is_array(value) for value in scalars):
         return None
     if func is torch.Tensor.to and not all(isinstance(value, torch.dtype | bool) for value in scalars):
         return None
-    position = 0 if args[0] is logits else 1
 
     def step(tensor: Tensor) -> Tensor:
         return func(*rest[:position], tensor, *rest[position:], **kwargs)

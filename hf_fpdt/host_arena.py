@@ -3,13 +3,14 @@ Page-locked host memory: locked once, in exactly sized pieces, and used again ac
 
 torch's own pinned allocator rounds every request up to a power of two (up to twice the memory) and locks inside the step. Here
 anonymous memory is mapped in slabs and locked with `cudaHostRegister`; a best-fit list hands out pieces and joins them again
-when they come back. An arena that is dropped unlocks its slabs. Not thread-safe: the forward and the backward of the models on
-one device take turns.
+when they come back. An arena that is dropped unlocks its slabs. The forward and the backward of the models on one device take
+turns with `take`; a piece may come back at any time and from any thread, also from the garbage collector.
 """
 
 import mmap
 import weakref
 from bisect import bisect_left, insort
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class HostArena:
         self._lock, self._unlock = lock or _cuda_lock, unlock or _cuda_unlock
         self._slabs: list[Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # per slab: sorted (offset, bytes), no two adjacent
+        self._returned: deque[HostPiece] = deque()  # not yet in the lists
 
     @property
     def locked_bytes(self) -> int:
@@ -42,6 +44,7 @@ class HostArena:
     @property
     def used_bytes(self) -> int:
         """Bytes handed out at present."""
+        self._join_returned()
         return self.locked_bytes - sum(size for spans in self._free for _, size in spans)
 
     def take(self, num_bytes: int) -> "HostPiece":
@@ -52,6 +55,7 @@ class HostArena:
             RuntimeError: if the system cannot map or lock more host memory, with the bytes asked for and locked so far.
         """
         size = max(-(-num_bytes // _PIECE_ALIGNMENT), 1) * _PIECE_ALIGNMENT
+        self._join_returned()
         fits = [(span[1], index, span) for index, spans in enumerate(self._free) for span in spans if span[1] >= size]
         if not fits:
             self._grow(size)
@@ -67,7 +71,14 @@ class HostArena:
         return self._slabs[piece.slab][piece.offset : piece.offset + piece.size]
 
     def give_back(self, piece: "HostPiece") -> None:
-        """Returns a piece. The caller has made sure that no copy from or to it is still in flight."""
+        """Returns a piece. The caller has made sure that what uses the memory next comes after the last copy to or from it."""
+        self._returned.append(piece)
+
+    def _join_returned(self) -> None:
+        while self._returned:
+            self._join(self._returned.popleft())
+
+    def _join(self, piece: "HostPiece") -> None:
         spans = self._free[piece.slab]
         start, stop = piece.offset, piece.offset + piece.size
         at = bisect_left(spans, (start, 0))

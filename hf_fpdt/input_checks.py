@@ -30,6 +30,8 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
             f'{name}: output_attentions=True needs the full attention matrix; attn_implementation="fpdt" never has it. '
             'Set output_attentions=False, or use attn_implementation="eager".'
         )
+    if tokens.shape[1] == 0:
+        raise ValueError(f"{name}: input of shape {list(tokens.shape)} has no tokens; it needs at least one a row.")
     _check_mask(name, arguments.get("attention_mask"), tokens)
     _check_positions(name, arguments.get("position_ids"))
     for packing in _PACKING:
@@ -60,9 +62,14 @@ def _check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
 
 
 def _check_positions(name: str, positions: Tensor | None) -> None:
-    if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
+    if positions is None:
         return
-    steps = positions[:, 1:] - positions[:, :-1]
+    if positions.ndim > 2:
+        raise ValueError(
+            f"{name}: position_ids of shape {list(positions.shape)} were given (several positions a token, as for images); "
+            'attn_implementation="fpdt" takes [batch, seq_len]. Use attn_implementation="sdpa" for this model.'
+        )
+    steps = positions.diff(dim=-1)
     breaks = int((steps != 1).sum())
     if breaks:
         raise ValueError(

@@ -7,6 +7,7 @@ import torch
 
 from .attention_kernels import KERNELS, AttentionKernel
 from .causal_attention import attend_prefix, attend_prefix_backward
+from .run_state import no_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def _probe(kernel: AttentionKernel, device, dtype, head_dim, value_dim) -> str |
     query, key, value = draw(96, 4, head_dim), draw(224, 2, head_dim), draw(224, 2, value_dim)
     grad_out = draw(96, 4, value_dim)
     try:
-        results = [_run(k, grad_out, query, key, value) for k in (kernel, KERNELS["naive"])]
+        with no_autocast(device.type), torch.no_grad():
+            results = [_run(k, grad_out, query, key, value) for k in (kernel, KERNELS["naive"])]
     except Exception as error:  # a kernel may fail in any way on a machine it was not built for
         return f"failed its probe with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for label, got, want in zip(("out", "grad_query", "grad_key", "grad_value"), *results, strict=True):

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from .causal_attention import attend_prefix, attend_prefix_backward
 from .gradient_sum import GradientSum
 from .kernel_choice import choose_kernel
-from .run_state import AutocastState, RandomState, preserved_random_state
+from .run_state import AutocastState, RandomState, no_autocast, preserved_random_state
 from .transfers import keep_for_backward
 
 _active_chunk: ContextVar["_Chunk | None"] = ContextVar("fpdt_active_chunk", default=None)
@@ -130,7 +130,7 @@ class _StreamedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, saved, x, *weights):
-        ctx.saved, ctx.weights = saved, weights
+        ctx.saved, ctx.weights, ctx.versions = saved, weights, [weight._version for weight in weights]
         with saved.autocast.context():
             return _forward_chunks(saved.call, x, saved)
 
@@ -143,8 +143,13 @@ class _StreamedLayer(torch.autograd.Function):
                 f"{saved.call.name}: backward through a streamed layer a second time. What it saved was released by the "
                 "first backward; retain_graph=True is not supported with attn_implementation='fpdt'."
             )
+        if [weight._version for weight in ctx.weights] != ctx.versions:
+            raise RuntimeError(
+                f"{saved.call.name}: a weight was changed in place between the forward and the backward, which runs the layer "
+                "again. Call backward() before optimizer.step() or any other update."
+            )
         saved.spent = True
-        with preserved_random_state(grad_y.device):
+        with preserved_random_state(grad_y.device), no_autocast(grad_y.device.type):
             grad_x, grad_weights = _backward_chunks(saved, ctx.weights, grad_y, ctx.needs_input_grad[1])
         ctx.weights = None
         return None, grad_x, *grad_weights
@@ -254,7 +259,8 @@ class _Chunk:
                 "dtype. Load the model in one dtype, or run it under autocast (bf16=True)."
             )
         kernel = choose_kernel(self.call.kernel, query.device, query.dtype, query.shape[-1], value.shape[-1])
-        return self._attend(kernel, query.contiguous(), key, value, scale)
+        with no_autocast(query.device.type):
+            return self._attend(kernel, query.contiguous(), key, value, scale)
 
     def _attend(self, kernel, query, key, value, scale):
         raise NotImplementedError

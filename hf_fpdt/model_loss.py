@@ -92,7 +92,9 @@ def _run_head(head: nn.Module, args: tuple, kwargs: dict[str, Any]):
 
 def _why_not(model: PreTrainedModel, head: nn.Module | None, arguments: dict[str, Any]) -> str | None:
     keep = arguments.get("logits_to_keep")
-    if head is None or not isinstance(getattr(head, "out_features", None), int):
+    if head is None:
+        return "it has no output layer"
+    if not isinstance(getattr(head, "out_features", None), int):
         return f"its output layer is {type(head).__name__}, not a linear layer"
     if torch.is_tensor(keep) or keep:
         return f"logits_to_keep={keep!r} was given with labels"

@@ -59,10 +59,7 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
         )
     _check_class(type(base))
     if not any(_decoder_layers(owner) for owner in _models_in(base)):
-        raise ValueError(
-            f"{type(base).__name__} has no causal decoder layers that could be streamed (modules of transformers' "
-            "GradientCheckpointingLayer with one causal attention each). Use another attn_implementation."
-        )
+        raise ValueError(_no_layers(base))
     previous = base.config._attn_implementation
     if previous != NAME:
         base.set_attn_implementation(NAME)
@@ -126,14 +123,19 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
     arguments["use_cache"] = False
     layers = _decoder_layers(model)
     if not layers:  # a model around the one that has the layers
+        if len(_models_in(model)) == 1:
+            raise ValueError(_no_layers(model))
         with chunked_loss(model, arguments):
             return forward(**arguments)
     tokens = _input_tokens(model, arguments)
     check_streamable(model, arguments, tokens)
     _wire(model, layers)
     config = model.__dict__.get(_CONFIG) or FPDTConfig()
-    with streamed_pass(config, *tokens.shape[:2], tokens.device), _without_checkpointing(layers):
-        return forward(**arguments)
+    with streamed_pass(config, *tokens.shape[:2], tokens.device) as running, _without_checkpointing(layers):
+        output = forward(**arguments)
+    if running.last_saved is not None:
+        running.last_saved.prefetch_first()  # the backward starts with the last layer: its copies run under the loss
+    return output
 
 
 def _streams(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
@@ -250,6 +252,13 @@ def _check_class(model_class: type) -> None:
         )
 
 
+def _no_layers(model: PreTrainedModel) -> str:
+    return (
+        f"{type(model).__name__} has no causal decoder layers that could be streamed (modules of transformers' "
+        "GradientCheckpointingLayer with one causal attention each). Use another attn_implementation."
+    )
+
+
 def _models_in(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
@@ -259,7 +268,7 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = [module for module in _own_modules(model) if isinstance(module, GradientCheckpointingLayer)]
     causal = [layer for layer in layers if len(_causal_attention(layer)) == 1]
     if causal and len(causal) < len(layers):
-        others = sorted({type(layer).__name__ for layer in layers if layer not in causal} or {"?"})
+        others = sorted({type(layer).__name__ for layer in layers if layer not in causal})
         raise ValueError(
             f"{type(model).__name__} mixes {len(causal)} causal attention layers with {len(layers) - len(causal)} others "
             f'({", ".join(others)}); attn_implementation="fpdt" needs every layer to have one causal attention.'

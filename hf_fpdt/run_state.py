@@ -1,6 +1,6 @@
 """The state of the caller that a later re-run of a module must see again: random streams and autocast."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -43,6 +43,9 @@ class AutocastState:
         Autocast as it was, without its cache of cast weights: a copy cast inside of a Function's forward has no gradient,
         and the cache would hand it to code outside that needs one.
         """
-        if not self._enabled:
-            return nullcontext()
-        return torch.autocast(self._device_type, dtype=self._dtype, cache_enabled=False)
+        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)
+
+
+def no_autocast(device_type: str):
+    """A context without autocast, for code that has chosen its dtypes."""
+    return torch.autocast(device_type, enabled=False)
