@@ -9,6 +9,8 @@ Memory: torch's peak of allocated bytes over the timed steps, and host bytes loc
 
 import argparse
 import json
+import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -108,6 +110,7 @@ def _timed(step, ids, model) -> tuple[float, float]:
 
 def _kernel(settings: dict) -> str:
     import torch
+
     from hf_fpdt.kernel_choice import choose_kernel
 
     return choose_kernel(settings.get("kernel", "auto"), torch.device("cuda", 0), torch.bfloat16, 128, 128).name
@@ -132,7 +135,9 @@ def _write(args, rows: list[dict]) -> None:
     import transformers
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    header = {"command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:]), "commit": commit or "unknown"}
+    words = [os.path.basename(word) if word == args.out else word for word in sys.argv[1:]]
+    header = {"command": shlex.join(["python", "-m", "benchmarks.train_step", *words])}
+    header["commit"] = commit or os.environ.get("COMMIT", "unknown")  # for a copy of the tree without its history
     header |= {"torch": torch.__version__, "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
     header |= {name: _version(name) for name in ("flash-attn-4", "liger-kernel", "deepspeed")}
     header["gpu"] = next((row["gpu"] for row in rows if "gpu" in row), "unknown")

@@ -20,10 +20,12 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
         ValueError: for padding, packed documents, attention outputs, `nn.DataParallel`.
     """
     name = type(model).__name__
-    if getattr(model, "_is_replica", False):
+    weight = next(model.parameters(), None)
+    if weight is not None and weight.is_cuda and tokens.is_cuda and weight.device != tokens.device:
         raise ValueError(
-            f"{name} runs under nn.DataParallel, which copies modules at every step and cannot be streamed. Start the script "
-            "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            f"{name} has weights on {weight.device} and got inputs on {tokens.device}; they must be on one GPU. "
+            "nn.DataParallel, which Trainer uses for several visible GPUs in one process, cannot stream: start the script with `accelerate "
+            "launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
     if arguments.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError(

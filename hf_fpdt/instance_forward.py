@@ -1,6 +1,6 @@
 """
-Replacing the `forward` of one module instance: no class is changed, the replacement survives `copy.deepcopy` (a bound method is
-bound again to the copy) and can be undone.
+Replacing the `forward` of one module instance: no class is changed, the replacement survives `copy.deepcopy` and pickling (the
+copy's forward is bound to the copy) and can be undone.
 """
 
 import inspect
@@ -20,7 +20,7 @@ def replace_forward(module: nn.Module, run: Callable[..., Any]) -> None:
     `inspect.signature(module.forward)` still shows its parameters.
     """
     module.__dict__.setdefault(_INNER, module.__dict__.get("forward"))
-    module.forward = MethodType(_as_forward(run, type(module)), module)
+    module.forward = _Forward(module, run)
 
 
 def inner_forward(module: nn.Module) -> Callable[..., Any]:
@@ -57,12 +57,18 @@ def _parameter_names(module_class: type) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
 
-@lru_cache
-def _as_forward(run: Callable[..., Any], module_class: type) -> Callable[..., Any]:
-    def forward(self, *args, **kwargs):
-        return run(self, args, kwargs)
+class _Forward:
+    """
+    `run` bound to a module. An object with attributes, for pickle would look a bound method up by name in the class; and
+    without `__wrapped__`, along which accelerate unwraps a model's forward past this one.
+    """
 
-    # Not functools.wraps: accelerate unwraps a model's forward along __wrapped__, past this one.
-    forward.__signature__ = inspect.signature(module_class.forward)
-    forward.__doc__ = module_class.forward.__doc__
-    return forward
+    def __init__(self, module: nn.Module, run: Callable[..., Any]):
+        self._module, self._run = module, run
+
+    def __call__(self, *args, **kwargs):
+        return self._run(self._module, args, kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self._module).forward, self._module))

@@ -1,0 +1,277 @@
+"""
+What cannot be streamed exactly is refused, with the name of the thing and the knob to turn.
+
+A failure means that a user trains on wrong attention without knowing, or gets an error that does not say what to do.
+"""
+
+import pytest
+import torch
+from reference import SEQ_LEN, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    MistralConfig,
+)  # fmt: skip
+
+import hf_fpdt
+from hf_fpdt import FPDTConfig, apply_fpdt
+from hf_fpdt.kernel_choice import choose_kernel
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def streamed():
+    return make_streamed(tiny_llama(), 16)
+
+
+def falcon():
+    return FalconConfig(**SMALL)
+
+
+def bloom():
+    return BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, None, "16", "AUTO"])
+def test_chunk_size(size):
+    with pytest.raises(ValueError, match=r"chunk_size=.*must be \"auto\" or a whole number of tokens, at least 1"):
+        FPDTConfig(chunk_size=size)
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match=r"kernel='triton'.*must be one of 'auto', 'flash_attention_4'"):
+        FPDTConfig(kernel="triton")
+
+
+@pytest.mark.parametrize("kernel", ["torch_flash", "torch_efficient", "cudnn", "flash_attention_2", "flash_attention_4"])
+def test_kernel_that_cannot_run_here(kernel):
+    model = make_streamed(tiny_llama(), 16, kernel=kernel)
+    reason = (
+        "is not installed: pip install" if "attention" in kernel else "runs on CUDA devices only, and the tensors are on cpu"
+    )
+    with pytest.raises(ValueError, match=rf"kernel='{kernel}'.*{kernel} .*{reason}.*Usable here: torch_cpu, naive"):
+        model(**make_batch(1))
+
+
+def test_kernel_that_lacks_the_head_dim():
+    """torch's CPU kernel wants value_dim == head_dim."""
+    with pytest.raises(
+        ValueError, match=r"torch_cpu needs value_dim == head_dim, .*value_dim 24 and head_dim 16.*Usable here: naive"
+    ):
+        choose_kernel("torch_cpu", torch.device("cpu"), torch.float32, 16, 24)
+    assert choose_kernel("auto", torch.device("cpu"), torch.float32, 16, 24).name == "naive"
+
+
+def test_padding(streamed):
+    mask = torch.ones(2, SEQ_LEN, dtype=torch.long)
+    streamed(**make_batch(2), attention_mask=mask)
+    mask[1, -5:] = 0
+    with pytest.raises(
+        ValueError, match=r"LlamaModel: attention_mask marks 5 of 96 positions as padding.*leave attention_mask out"
+    ):
+        streamed(**make_batch(2), attention_mask=mask)
+
+
+def test_padding_on_the_left_and_in_eval(streamed):
+    mask = torch.ones(2, SEQ_LEN, dtype=torch.bool)
+    mask[0, 0] = False
+    streamed.eval()
+    try:
+        with pytest.raises(ValueError, match="marks 1 of 96 positions as padding"), torch.no_grad():
+            streamed(**make_batch(2), attention_mask=mask)
+    finally:
+        streamed.train()
+
+
+def test_prepared_mask(streamed):
+    mask = torch.ones(2, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"attention_mask of shape \[2, 1, 48, 48\].*\[batch, seq_len\] = \[2, 48\]"):
+        streamed(**make_batch(2), attention_mask=mask)
+
+
+def test_mask_of_a_mapping(streamed):
+    with pytest.raises(ValueError, match="attention_mask of shape dict was given"):
+        streamed(**make_batch(2), attention_mask={"full_attention": None})
+
+
+def test_restarting_positions(streamed):
+    positions = torch.cat([torch.arange(30), torch.arange(SEQ_LEN - 30)])[None].expand(2, -1)
+    with pytest.raises(ValueError, match=r"position_ids restart or jump 2 times, which asks for packed documents"):
+        streamed(**make_batch(2), position_ids=positions)
+
+
+def test_positions_of_one_dimension(streamed):
+    positions = torch.cat([torch.arange(30), torch.arange(SEQ_LEN - 30)])
+    with pytest.raises(ValueError, match="position_ids restart or jump 1 times"):
+        streamed.model(make_batch(2)["input_ids"], position_ids=positions)
+
+
+def test_several_positions_a_token(streamed):
+    positions = torch.arange(SEQ_LEN).expand(3, 2, -1)
+    with pytest.raises(ValueError, match=r"position_ids of shape \[3, 2, 48\] were given.*takes \[batch, seq_len\]"):
+        streamed(**make_batch(2), position_ids=positions)
+
+
+def test_no_tokens(streamed):
+    with pytest.raises(ValueError, match=r"input of shape \[2, 0\] has no tokens"):
+        streamed(input_ids=torch.zeros(2, 0, dtype=torch.long))
+
+
+def test_weights_of_two_dtypes():
+    """As after preparing a model for k-bit training without autocast."""
+    model = make_streamed(tiny_llama(), 16)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda module, args, output: output.bfloat16())
+    with pytest.raises(
+        ValueError, match=r"query, key and value are torch.float32, torch.float32 and torch.bfloat16.*bf16=True"
+    ):
+        model(**make_batch(1))
+
+
+def test_mask_with_a_function_of_its_own(streamed):
+    """A model that asks transformers for more than the causal mask: prefix attention, blocks of images."""
+    from transformers.masking_utils import create_causal_mask
+
+    embeds = torch.zeros(2, SEQ_LEN, 32)
+
+    def ask(module, args, kwargs):
+        create_causal_mask(
+            config=streamed.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None, position_ids=None,
+            or_mask_function=lambda batch, head, query, key: key < 4,
+        )  # fmt: skip
+
+    handle = streamed.model.layers[0].register_forward_pre_hook(ask, with_kwargs=True)
+    try:
+        with pytest.raises(ValueError, match=r"A mask other than the causal one was asked for \(or_mask_function"):
+            streamed(**make_batch(2))
+    finally:
+        handle.remove()
+
+
+def test_consecutive_positions_are_fine(streamed):
+    plain = make_model(tiny_llama(), "sdpa")
+    positions = (torch.arange(SEQ_LEN) + 7)[None]
+    got = streamed(**make_batch(2), position_ids=positions).loss
+    want = plain(**make_batch(2), position_ids=positions).loss
+    assert abs(got - want) <= 2e-6 * want
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
+def test_packed_documents(streamed, name):
+    with pytest.raises(ValueError, match=rf"{name} was given, which asks for packed documents.*packing=False"):
+        streamed(**make_batch(2), **{name: torch.tensor([0, 30, 48])})
+
+
+def test_attention_outputs(streamed):
+    with pytest.raises(
+        ValueError, match=r"output_attentions=True needs the full attention matrix.*attn_implementation=\"eager\""
+    ):
+        streamed(**make_batch(2), output_attentions=True)
+
+
+def test_attention_outputs_in_the_config():
+    model = make_streamed(tiny_llama(), 16)
+    model.config._output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions=True needs the full attention matrix"):
+        model(**make_batch(2))
+
+
+def test_attention_dropout():
+    for config in (tiny_llama(attention_dropout=0.1), tiny_neox(attention_dropout=0.1)):
+        model = make_streamed(config, 16)
+        with pytest.raises(ValueError, match=r"attention_dropout=0.1 in training is not supported.*attention_dropout = 0.0"):
+            model(**make_batch(2))
+        model.eval()
+        want = make_model(config, "sdpa", train=False)(**make_batch(2)).loss
+        assert abs(model(**make_batch(2)).loss - want) <= 2e-6 * want
+
+
+@pytest.mark.parametrize(("config", "name"), [(falcon, "FalconForCausalLM"), (bloom, "BloomForCausalLM")])
+def test_models_with_attention_code_of_their_own(config, name):
+    pattern = rf"{name} has attention code of its own.*cannot stream it.*\"eager\""
+    with pytest.raises(ValueError, match=pattern):
+        AutoModelForCausalLM.from_config(config(), attn_implementation="fpdt")
+    model = AutoModelForCausalLM.from_config(config())
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=pattern):
+        apply_fpdt(model)
+    assert model.config._attn_implementation == before
+    ids = torch.randint(3, 64, (1, 8))
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_module_that_is_no_transformers_model():
+    with pytest.raises(ValueError, match="Linear is no transformers PreTrainedModel"):
+        apply_fpdt(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Linear is no transformers PreTrainedModel"):
+        hf_fpdt.restore(nn.Linear(2, 2))
+
+
+def test_bidirectional_model():
+    config = BertConfig(**SMALL, intermediate_size=40)
+    pattern = "BertModel has no causal decoder layers that could be streamed"
+    with pytest.raises(ValueError, match=pattern):
+        apply_fpdt(BertModel(config))
+    with pytest.raises(ValueError, match=pattern):
+        BertModel._from_config(config, attn_implementation="fpdt").train()(torch.ones(1, 8, dtype=torch.long))
+
+
+def test_sliding_window():
+    config = MistralConfig(**SMALL, num_key_value_heads=2, intermediate_size=40, sliding_window=20, max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt").train()
+    with pytest.raises(
+        ValueError, match=r"attention over 20 tokens is not supported.*for a sequence of 48 tokens.*sliding_window"
+    ):
+        model(**make_batch(1, 48, 64))
+    assert torch.isfinite(model(**make_batch(1, 20, 64)).loss)
+
+
+def test_softcapped_attention():
+    config = Gemma2Config(
+        **SMALL, num_key_value_heads=2, intermediate_size=40, head_dim=8, sliding_window=512, attn_logit_softcapping=50.0
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt").train()
+    with pytest.raises(ValueError, match=r"Gemma2Attention: attention score softcapping \(softcap\) is not supported"):
+        model(**make_batch(1, 24, 64))
+
+
+@pytest.mark.parametrize("config", ["x", 16, {"chunk_size": 16}])
+def test_config_of_another_type(config):
+    with pytest.raises(ValueError, match=rf"apply_fpdt\(config=...\) got {type(config).__name__}; an FPDTConfig is needed"):
+        apply_fpdt(make_model(tiny_llama(), "sdpa"), config)
+
+
+def test_group_of_several_processes():
+    class Group:
+        def size(self):
+            return 2
+
+    with pytest.raises(ValueError, match=r"sp_group=...\) got a group of 2 processes"):
+        apply_fpdt(make_model(tiny_llama(), "sdpa"), sp_group=Group())
+
+
+def test_no_input(streamed):
+    with pytest.raises(ValueError, match="LlamaModel was called without input_ids or inputs_embeds"):
+        streamed(input_ids=None, labels=None)
+
+
+def test_labels_of_another_length(streamed):
+    batch = make_batch(2)
+    with pytest.raises(ValueError, match="labels have 94 positions and the hidden states 96"):
+        streamed(input_ids=batch["input_ids"], labels=batch["labels"][:, :-1])
+
+
+def test_a_model_is_usable_after_an_error(streamed):
+    """An exception leaves no pass, chunk or deferred head behind."""
+    want = streamed(**make_batch(2)).loss.item()
+    with pytest.raises(ValueError, match="output_attentions"):
+        streamed(**make_batch(2), output_attentions=True)
+    ids = make_batch(2)["input_ids"]
+    assert type(streamed(ids).logits) is torch.Tensor
+    assert streamed(**make_batch(2)).loss.item() == want

@@ -1,0 +1,176 @@
+"""
+The list of free page-locked memory, without CUDA.
+
+A failure means two tensors in the same memory, or memory that leaks until the host is full.
+"""
+
+import gc
+import random
+import threading
+
+import pytest
+import torch
+
+from hf_fpdt.host_arena import HostArena
+
+PAGE = 4096
+SLAB = 64 * PAGE
+
+
+@pytest.fixture
+def registered():
+    """The slabs that were locked."""
+    return []
+
+
+@pytest.fixture
+def unlocked():
+    return []
+
+
+@pytest.fixture
+def arena(registered, unlocked):
+    return HostArena(slab_bytes=SLAB, lock=registered.append, unlock=unlocked.append)
+
+
+def pages(num_bytes: int) -> int:
+    return max(1, -(-num_bytes // PAGE))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_use_against_a_model_of_intervals(arena, registered, seed):
+    """Every page has at most one owner, sizes are exact, data survives, and all free memory joins to whole slabs."""
+    rng = random.Random(seed)
+    owner: dict[tuple[int, int], int] = {}  # (slab, page) -> number of the piece
+    live: dict[int, tuple] = {}
+    for number in range(1, 600):
+        if live and rng.random() < (0.45 if number < 400 else 0.6):
+            key = rng.choice(list(live))
+            piece, wanted, owned = live.pop(key)
+            memory = piece.memory()
+            assert (memory == key % 251).all(), "somebody else wrote into a piece"
+            for page in owned:
+                assert owner.pop(page) == key
+            piece.give_back()
+        else:
+            wanted = rng.choice([1, PAGE - 1, PAGE, PAGE + 1, rng.randrange(1, 20 * PAGE), rng.randrange(1, 80 * PAGE)])
+            piece = arena.take(wanted)
+            assert piece.size == pages(wanted) * PAGE
+            assert piece.offset % PAGE == 0
+            memory = piece.memory()
+            assert memory.dtype == torch.uint8
+            assert memory.numel() == piece.size
+            owned = [(piece.slab, piece.offset // PAGE + i) for i in range(pages(wanted))]
+            assert not owner.keys() & set(owned), "handed out twice"
+            owner.update(dict.fromkeys(owned, number))
+            memory.fill_(number % 251)
+            live[number] = (piece, wanted, owned)
+        assert arena.used_bytes == len(owner) * PAGE
+    for piece, _, _ in live.values():
+        piece.give_back()
+    assert arena.used_bytes == 0
+    assert arena._free == [[(0, slab.numel())] for slab in registered]
+    assert arena.locked_bytes == sum(slab.numel() for slab in registered)
+    # and so the largest slab can be had in one piece again, without locking more
+    before = len(registered)
+    arena.take(max(slab.numel() for slab in registered))
+    assert len(registered) == before
+
+
+def test_pieces_are_distinct_memory(arena):
+    first, second = arena.take(10), arena.take(10)
+    first.memory().fill_(1)
+    second.memory().fill_(2)
+    assert (first.memory() == 1).all()
+    assert first.memory().data_ptr() % PAGE == second.memory().data_ptr() % PAGE == 0
+
+
+def test_the_tightest_hole_is_used(arena, registered):
+    sizes = [8, 1, 3, 1, 5, 1]
+    pieces = [arena.take(size * PAGE) for size in sizes]
+    rest = arena.take(SLAB - sum(sizes) * PAGE)
+    for index in (0, 2, 4):
+        pieces[index].give_back()
+    assert arena.take(3 * PAGE).offset == pieces[2].offset
+    assert arena.take(4 * PAGE).offset == pieces[4].offset
+    assert arena.take(8 * PAGE).offset == pieces[0].offset
+    assert len(registered) == 1
+    rest.give_back()
+
+
+def test_slabs_grow_when_needed_and_are_locked_once(arena, registered):
+    assert arena.locked_bytes == 0
+    arena.take(PAGE)
+    assert [slab.numel() for slab in registered] == [SLAB]
+    big = arena.take(3 * SLAB + 1)
+    assert [slab.numel() for slab in registered] == [SLAB, 3 * SLAB + PAGE]
+    big.give_back()
+    arena.take(3 * SLAB)
+    assert len(registered) == 2
+    assert arena.locked_bytes == 4 * SLAB + PAGE
+
+
+def test_a_piece_goes_back_once(arena):
+    piece, other = arena.take(PAGE), arena.take(PAGE)
+    piece.give_back()
+    again = arena.take(PAGE)
+    piece.give_back()  # harmless: it is not this piece's memory any more
+    assert arena.used_bytes == 2 * PAGE
+    assert arena.take(PAGE).offset not in (again.offset, other.offset)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), OSError("Cannot allocate memory")])
+def test_error_when_the_system_refuses(registered, error):
+    def lock(slab):
+        if registered:
+            raise error
+        registered.append(slab)
+
+    arena = HostArena(slab_bytes=1 << 20, lock=lock, unlock=lambda slab: None)
+    piece = arena.take(1 << 20)
+    with pytest.raises(
+        RuntimeError, match=r"could not lock 0\.00 GiB more of host memory \(0\.00 GiB are locked already\)"
+    ) as info:
+        arena.take(1)
+    assert str(error) in str(info.value)
+    assert 'FPDTConfig(offload="none")' in str(info.value)
+    assert info.value.__cause__ is error
+    # nothing is half done: what was handed out is still accounted for, and can be used again
+    assert (arena.locked_bytes, arena.used_bytes) == (1 << 20, 1 << 20)
+    piece.give_back()
+    assert arena.take(1 << 20).size == 1 << 20
+
+
+def test_error_names_the_bytes():
+    def refuse(slab):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match=r"could not lock 0\.25 GiB more"):
+        HostArena(slab_bytes=1 << 28, lock=refuse).take(5)
+
+
+def test_a_dropped_arena_unlocks_its_slabs_once(registered, unlocked):
+    arena = HostArena(slab_bytes=SLAB, lock=registered.append, unlock=unlocked.append)
+    piece = arena.take(SLAB), arena.take(SLAB)
+    assert unlocked == []
+    del arena
+    gc.collect()
+    assert unlocked == [], "pieces are still out"
+    del piece
+    gc.collect()
+    assert {slab.data_ptr() for slab in unlocked} == {slab.data_ptr() for slab in registered}
+    assert len(unlocked) == len(registered) == 2
+
+
+def test_pieces_come_back_from_other_threads(arena):
+    """Graphs are dropped in autograd's threads, and by the garbage collector at any time."""
+    pieces = [arena.take(PAGE) for _ in range(200)]
+    threads = [threading.Thread(target=lambda part=pieces[i::4]: [piece.give_back() for piece in part]) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        arena.take(PAGE).give_back()
+    for thread in threads:
+        thread.join()
+    assert arena.used_bytes == 0
+    assert all(len(spans) == 1 for spans in arena._free)
