@@ -24,8 +24,8 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
     if weight is not None and weight.is_cuda and tokens.is_cuda and weight.device != tokens.device:
         raise ValueError(
             f"{name} has weights on {weight.device} and got inputs on {tokens.device}; they must be on one GPU. "
-            "nn.DataParallel, which Trainer uses for several visible GPUs in one process, cannot stream: start the script with `accelerate "
-            "launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            "nn.DataParallel, which Trainer uses for several visible GPUs in one process, cannot stream: start the script with "
+            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
     if arguments.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError(
