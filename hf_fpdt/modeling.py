@@ -139,14 +139,17 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
 
 
 def _streams(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
-    """Whether this call runs without a cache. In training, or with labels, nobody reads one: it is turned off."""
+    """
+    Whether this call runs without a cache. With labels, or in training, nobody reads one: it is turned off, unless a training
+    model is asked for it without gradients, as `generate` does.
+    """
     if arguments.get("past_key_values") is not None:
         return False
-    if model.training or arguments.get("labels") is not None:
-        if arguments.get("use_cache"):
+    use_cache = arguments.get("use_cache")
+    if arguments.get("labels") is not None or (model.training and (use_cache is None or torch.is_grad_enabled())):
+        if use_cache:
             logger.warning_once('hf_fpdt: use_cache=True has no use in training; it is off with attn_implementation="fpdt".')
         return True
-    use_cache = arguments.get("use_cache")
     return not (getattr(model.config, "use_cache", False) if use_cache is None else use_cache)
 
 
@@ -227,14 +230,17 @@ def _of_chunk(name: str, value: Any, span: tuple[int, int], seq_len: int) -> Any
 @contextmanager
 def _without_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
     """A streamed layer is its own activation checkpoint: transformers' would compute it twice."""
-    flags = [layer.gradient_checkpointing for layer in layers]
+    flags = [layer.__dict__.get("gradient_checkpointing") for layer in layers]  # None: the class's own, which is False
     for layer in layers:
         layer.gradient_checkpointing = False
     try:
         yield
     finally:
         for layer, flag in zip(layers, flags, strict=True):
-            layer.gradient_checkpointing = flag
+            if flag is None:
+                del layer.gradient_checkpointing
+            else:
+                layer.gradient_checkpointing = flag
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -71,9 +71,8 @@ def lengths_of(model, batch, suffix=Q_PROJ) -> list[int]:
 
 
 def residue(model) -> dict[str, set[str]]:
-    """Names of the instance attributes of every module. The checkpointing flag of a layer may have become one: same value."""
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return {name: set(vars(module)) - {"gradient_checkpointing"} for name, module in model.named_modules()}
+    """Names of the instance attributes of every module."""
+    return {name: set(vars(module)) for name, module in model.named_modules()}
 
 
 # -- ways to get a streamed model --------------------------------------------------------------------------------------

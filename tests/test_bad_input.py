@@ -4,6 +4,8 @@ What cannot be streamed exactly is refused, with the name of the thing and the k
 A failure means that a user trains on wrong attention without knowing, or gets an error that does not say what to do.
 """
 
+import inspect
+
 import pytest
 import torch
 from reference import SEQ_LEN, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
@@ -138,13 +140,17 @@ def test_mask_with_a_function_of_its_own(streamed):
     """A model that asks transformers for more than the causal mask: prefix attention, blocks of images."""
     from transformers.masking_utils import create_causal_mask
 
-    embeds = torch.zeros(2, SEQ_LEN, 32)
+    arguments = {
+        "config": streamed.config, "attention_mask": None, "past_key_values": None, "position_ids": None,
+        "or_mask_function": lambda batch, head, query, key: key < 4,
+    }  # fmt: skip
+    names = inspect.signature(create_causal_mask).parameters  # transformers 5.0 has other names for two of them
+    arguments["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = torch.zeros(2, SEQ_LEN, 32)
+    if "cache_position" in names:
+        arguments["cache_position"] = torch.arange(SEQ_LEN)
 
     def ask(module, args, kwargs):
-        create_causal_mask(
-            config=streamed.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None, position_ids=None,
-            or_mask_function=lambda batch, head, query, key: key < 4,
-        )  # fmt: skip
+        create_causal_mask(**arguments)
 
     handle = streamed.model.layers[0].register_forward_pre_hook(ask, with_kwargs=True)
     try:

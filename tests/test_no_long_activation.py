@@ -84,6 +84,7 @@ def allowed_long_shapes(kv_heads: int, rotary_dim: int) -> set[tuple]:
         ((1, rotary_dim // 2, SEQ), floats),
         ((1, SEQ, rotary_dim // 2), floats),
         ((1, SEQ, rotary_dim), floats),
+        ((1, SEQ, 2 * -(-rotary_dim // 8)), floats),  # GPT-NeoX rotates a quarter of the head, an even number
     }
 
 
