@@ -18,31 +18,23 @@ import copy
 import gc
 import json
 import logging
-import math
 import os
-import statistics
-import sys
-import sysconfig
-import time
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from datasets import Dataset
+from long_text import SEQ_LEN, DataArguments, load_documents, load_tokenizer, make_pieces, split_pieces
+from training_record import Run, check_learned, report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -52,7 +44,6 @@ import hf_fpdt
 logger = logging.getLogger(__name__)
 
 # Defaults by device. Sizes that a model type does not have (GPT-NeoX: num_key_value_heads) are left out for it.
-SEQ_LEN = {"cpu": 8192, "cuda": 131072}
 MAX_DOCUMENTS = {"cpu": 64, "cuda": None}
 SIZES = {
     "cpu": {
@@ -73,11 +64,6 @@ SIZES = {
 LEARNING_RATE = {"cpu": 4e-3, "cuda": 1e-3}  # of a new model
 LEARNING_RATE_CHECKPOINT = 2e-5
 MAX_STEPS = 24
-ENOUGH_PIECES = 16  # fewer of the default text, and its documents are joined
-
-TOKENIZER_DOCUMENTS, TOKENIZER_CHARACTERS = 256, 16384  # text that a new tokenizer is trained on: so much of so many documents
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # any other file is one document of text
 
 
 @dataclass
@@ -112,38 +98,6 @@ class ModelArguments:
         default=None, metadata={"help": "Only for fpdt: tokens of one chunk, or auto (FPDTConfig.chunk_size)."}
     )
     kernel: str | None = field(default=None, metadata={"help": "Only for fpdt: attention kernel, or auto (FPDTConfig.kernel)."})
-
-
-@dataclass
-class DataArguments:
-    """Which text, and how it is cut."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset for datasets.load_dataset."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset_name."})
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Files with the text instead: .json, .jsonl, .parquet or .csv with one document a row; any other file is "
-            "one document. Without --dataset_name and --train_file: the longest files of Python's standard library."
-        },
-    )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_documents: int | None = field(default=None, metadata={"help": "Use only the first so many documents."})
-    seq_len: int | None = field(
-        default=None,
-        metadata={"help": f"Tokens of a sequence. Not given: {SEQ_LEN['cuda']} on a GPU, {SEQ_LEN['cpu']} on a CPU."},
-    )
-    group: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Join the documents, with an end token after each, before cutting. Not given: only for the standard "
-            "library, if too few of its files are as long as a sequence.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    eval_pieces: int = field(default=2, metadata={"help": "Sequences held out for the evaluation at the end; 0 for none."})
 
 
 @dataclass
@@ -198,50 +152,16 @@ class LongContextTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class Run(TrainerCallback):
-    """What one training run recorded: the logged losses, and the seconds of every optimizer step."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.eval_loss: float | None = None
-        self.seconds: list[float] = []
-        self.peak_gpu_gib: float | None = None
-        self.error: str | None = None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = _now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(_now() - self._started)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.steps.append(state.global_step)
-            self.losses.append(logs["loss"])
-        self.eval_loss = logs.get("eval_loss", self.eval_loss)
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Median, so that neither the first step, which chooses kernels, nor a saved checkpoint counts."""
-        return statistics.median(self.seconds) if self.seconds else None
-
-    def as_dict(self) -> dict[str, Any]:
-        names = ("steps", "losses", "eval_loss", "seconds_per_step", "peak_gpu_gib", "error")
-        return {name: getattr(self, name) for name in names}
-
-
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, LongContextTrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     logging.basicConfig(format="%(message)s")
-    for name in (__name__, "hf_fpdt"):
+    for name in (__name__, "long_text", "hf_fpdt"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.ERROR)
     resolve_defaults(model_args, data_args, training_args)
     with training_args.main_process_first(desc="preparing the data"):
         documents = load_documents(data_args)
-        tokenizer = load_tokenizer(model_args, documents)
+        tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, model_args.vocab_size, documents)
         data = split_pieces(make_pieces(documents, tokenizer, data_args), data_args)
 
     run = Run(model_args.attn_implementation)
@@ -278,130 +198,10 @@ def resolve_defaults(model_args: ModelArguments, data_args: DataArguments, train
         training_args.learning_rate = LEARNING_RATE[device] if new else LEARNING_RATE_CHECKPOINT
 
 
-# ---- text ----------------------------------------------------------------------------------------------------------------
-
-
-def load_documents(data_args: DataArguments) -> Dataset:
-    """The documents, one a row, in a single column `"text"`."""
-    if data_args.dataset_name:
-        documents = load_dataset(data_args.dataset_name, data_args.dataset_config_name, split=data_args.dataset_split)
-    elif data_args.train_file:
-        documents = load_files(data_args.train_file)
-    else:
-        documents = Dataset.from_dict({data_args.text_column: standard_library(data_args.max_documents)})
-    if data_args.text_column not in documents.column_names:
-        raise ValueError(
-            f"--text_column {data_args.text_column}: the data has no such column, only {', '.join(documents.column_names)}. "
-            "Give the one that holds the text."
-        )
-    if data_args.max_documents is not None:
-        documents = documents.select(range(min(data_args.max_documents, len(documents))))
-    documents = documents.select_columns(data_args.text_column)
-    return documents if data_args.text_column == "text" else documents.rename_column(data_args.text_column, "text")
-
-
-def load_files(files: list[str]) -> Dataset:
-    """The rows of tables, or whole files of text."""
-    loaders = {LOADERS.get(Path(file).suffix, "text") for file in files}
-    if len(loaders) > 1:
-        raise ValueError(f"--train_file got files of several formats ({', '.join(sorted(loaders))}); give files of one format.")
-    (loader,) = loaders
-    options = {"sample_by": "document"} if loader == "text" else {}
-    return load_dataset(loader, data_files=files, split="train", **options)
-
-
-def standard_library(limit: int | None) -> list[str]:
-    """The Python files of the standard library, code and documentation, longest first."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts)]
-    files.sort(key=lambda path: (-path.stat().st_size, path.relative_to(root).as_posix()))
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files[:limit]]
-
-
-def load_tokenizer(model_args: ModelArguments, documents: Dataset) -> PreTrainedTokenizerBase:
-    name = model_args.tokenizer_name or model_args.model_name_or_path
-    if name:
-        return AutoTokenizer.from_pretrained(name)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if model_args.vocab_size < len(alphabet) + 2:
-        raise ValueError(f"--vocab_size {model_args.vocab_size}: at least {len(alphabet) + 2} are needed, one for every byte.")
-    trainer = trainers.BpeTrainer(
-        vocab_size=model_args.vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    stride = -(-len(documents) // TOKENIZER_DOCUMENTS)
-    samples = (documents[i]["text"][:TOKENIZER_CHARACTERS] for i in range(0, len(documents), stride))
-    tokenizer.train_from_iterator(samples, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
-
-
-def make_pieces(documents: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
-    """`input_ids` of exactly `seq_len` tokens a row. fpdt takes neither padding nor packing: what is shorter is dropped."""
-
-    def tokenize(batch):
-        ids = tokenizer(batch["text"], return_attention_mask=False)["input_ids"]
-        return {"input_ids": ids, "num_tokens": [len(x) for x in ids]}
-
-    tokenized = documents.map(tokenize, batched=True, remove_columns="text", desc="Tokenizing")
-    lengths, group = tokenized["num_tokens"], data_args.group
-    if group is None:
-        default_text = not (data_args.dataset_name or data_args.train_file)
-        group = default_text and sum(n // data_args.seq_len for n in lengths) < ENOUGH_PIECES + data_args.eval_pieces
-    longest = sum(lengths) if group else max(lengths, default=0)
-    if longest < data_args.seq_len:
-        raise ValueError(
-            f"--seq_len {data_args.seq_len}: no document is that long. The longest of {len(lengths)} has "
-            f"{max(lengths, default=0)} tokens, all together {sum(lengths)}. Lower --seq_len, or join documents with --group."
-        )
-    pieces = cut(tokenized, tokenizer, data_args.seq_len, group)
-    left = sum(lengths) + len(lengths) * group - len(pieces) * data_args.seq_len
-    short = sum(n < data_args.seq_len for n in lengths)
-    what = "the ends that fill no piece" if group else f"{short} documents shorter than a piece and the ends of the others"
-    logger.info(
-        f"{len(lengths)} documents{' joined' * group}, {sum(lengths):,} tokens: {len(pieces)} pieces of {data_args.seq_len:,} "
-        f"tokens. Dropped: {what}, {left:,} tokens."
-    )
-    return pieces
-
-
-def cut(tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: int, group: bool) -> Dataset:
-    end = tokenizer.eos_token_id
-    if group and end is None:
-        raise ValueError("--group needs a tokenizer with an end token (eos_token); this one has none. Give --group false.")
-
-    def pieces_of(batch):
-        rows = [list(chain.from_iterable([*ids, end] for ids in batch["input_ids"]))] if group else batch["input_ids"]
-        return {"input_ids": [ids[i : i + seq_len] for ids in rows for i in range(0, len(ids) - seq_len + 1, seq_len)]}
-
-    features = Features({"input_ids": List(Value("int32"))})
-    return tokenized.map(pieces_of, batched=True, remove_columns=tokenized.column_names, features=features, desc="Cutting")
-
-
-def split_pieces(pieces: Dataset, data_args: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """Pieces to train on, and the last ones, held out."""
-    held_out = data_args.eval_pieces
-    if len(pieces) <= held_out:
-        raise ValueError(
-            f"The text makes {len(pieces)} pieces of {data_args.seq_len} tokens and --eval_pieces holds out {held_out}; at "
-            "least one must be left to train on. Lower --eval_pieces or --seq_len, or give more text."
-        )
-    count = len(pieces) - held_out
-    return pieces.select(range(count)), pieces.select(range(count, len(pieces))) if held_out else None
-
-
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Rows of one length to a batch; every token is a label, and without padding there is no attention mask."""
     input_ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
-
-
-# ---- model ---------------------------------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -473,9 +273,6 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-# ---- training ------------------------------------------------------------------------------------------------------------
-
-
 def train(
     run: Run,
     model_args: ModelArguments,
@@ -528,95 +325,6 @@ def train_comparison(
         run.error = "out of GPU memory"
         logger.warning(f"attn_implementation={run.name!r} ran out of GPU memory.")
     return run
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-# ---- results -------------------------------------------------------------------------------------------------------------
-
-
-def report(runs: list[Run], seq_len: int, directory: Path) -> None:
-    """Writes losses.json, prints the closing table, and plots two runs."""
-    directory.mkdir(parents=True, exist_ok=True)
-    differences = loss_differences(*runs) if len(runs) == 2 else {}
-    largest = max(differences.values(), default=None)
-    result = {"seq_len": seq_len, "runs": {run.name: run.as_dict() for run in runs}, "largest_difference": largest}
-    (directory / "losses.json").write_text(json.dumps(result, indent=2) + "\n")
-    print_table(runs, largest)
-    if len(runs) == 2:
-        plot(runs, differences, seq_len, directory / "loss.png")
-        print(f"plot: {directory / 'loss.png'}")
-
-
-def loss_differences(run: Run, other: Run) -> dict[int, float]:
-    """Absolute difference of the losses by step, for the steps that both runs reached."""
-    losses = dict(zip(other.steps, other.losses, strict=True))
-    return {step: abs(loss - losses[step]) for step, loss in zip(run.steps, run.losses, strict=True) if step in losses}
-
-
-def print_table(runs: list[Run], largest: float | None) -> None:
-    rows = {
-        "first loss": [_format(run.losses[:1], ".4f") for run in runs],
-        "last loss": [_format(run.losses[-1:], ".4f") for run in runs],
-        "evaluation loss": [_format([run.eval_loss], ".4f") for run in runs],
-        "seconds per step": [_format([run.seconds_per_step], ".2f") for run in runs],
-        "peak GPU memory (GiB)": [_format([run.peak_gpu_gib], ".2f") for run in runs],
-        "stopped by": [run.error or "-" for run in runs],
-    }
-    print("\n" + f"{'':<24}" + "".join(f"{run.name:>20}" for run in runs))
-    for label, values in rows.items():
-        if any(value != "-" for value in values):
-            print(f"{label:<24}" + "".join(f"{value:>20}" for value in values))
-    if largest is not None:
-        print(f"{'largest difference':<24}{largest:>20.1e}")
-
-
-def _format(values: list[float | None], spec: str) -> str:
-    return format(values[0], spec) if values and values[0] is not None else "-"
-
-
-def plot(runs: list[Run], differences: dict[int, float], seq_len: int, path: Path) -> None:
-    """Both loss curves and, below, their absolute difference."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 2), layout="constrained")
-    for run, style in zip(runs, ("-", "--"), strict=True):
-        label = f"{run.name} ({run.error})" if run.error else run.name
-        top.plot(run.steps, run.losses, style, marker="." if len(run.steps) < 50 else None, label=label)
-    top.set(ylabel="training loss", title=f"Finetuning on sequences of {seq_len:,} tokens")
-    bottom.set(xlabel="optimizer step", ylabel="absolute difference")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    if differences:
-        bottom.plot(list(differences), list(differences.values()), color="tab:red", marker=".", linewidth=1)
-        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        bottom.set_ylim(bottom=0)
-    else:
-        bottom.set_yticks([])
-        bottom.text(0.5, 0.5, "no step that both runs reached", transform=bottom.transAxes, ha="center")
-    top.legend()
-    for axis in (top, bottom):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def check_learned(run: Run) -> None:
-    """Ends the program with an error if the losses are not finite, or the last quarter is not below the first."""
-    if not all(math.isfinite(loss) for loss in run.losses):
-        step = next(step for step, loss in zip(run.steps, run.losses, strict=True) if not math.isfinite(loss))
-        sys.exit(f"The loss of {run.name} is not finite at step {step}. Lower --learning_rate.")
-    quarter = max(1, len(run.losses) // 4)
-    if len(run.losses) > 1:
-        first, last = statistics.mean(run.losses[:quarter]), statistics.mean(run.losses[-quarter:])
-        if last >= first:
-            sys.exit(f"The loss of {run.name} did not fall: {first:.4f} at the start, {last:.4f} at the end.")
 
 
 if __name__ == "__main__":

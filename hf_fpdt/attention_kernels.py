@@ -27,7 +27,7 @@ class AttentionKernel:
 
     name: str
     aligns_last: bool
-    device_type: str
+    device_type: str | None = None  # the only one it runs on
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
         """Why this kernel cannot run such tensors, in words that fit after "kernel ... ", or None if it can."""
@@ -99,6 +99,7 @@ class TorchCpuKernel(AttentionKernel):
 
     name = "torch_cpu"
     aligns_last = False
+    device_type = "cpu"
 
     def why_not(self, device, dtype, head_dim, value_dim):
         if device.type != "cpu":
@@ -133,6 +134,7 @@ class _CudaKernel(AttentionKernel):
     """What the CUDA kernels have in common: 16-bit floats, and a limit on the head dimension."""
 
     aligns_last = True
+    device_type = "cuda"
     dtypes = _HALF
     max_head_dim = 256
     min_capability = (8, 0)

@@ -22,6 +22,7 @@ _ELEMENTWISE = {
     torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.add,
     torch.Tensor.sub, torch.Tensor.__sub__, torch.sub,
     torch.Tensor.tanh, torch.tanh, torch.Tensor.neg, torch.neg,
+    torch.Tensor.clone, torch.clone, torch.Tensor.detach, torch.Tensor.contiguous,
     torch.Tensor.float, torch.Tensor.to, torch.Tensor.half, torch.Tensor.bfloat16,
 }  # fmt: skip
 _METADATA = {

@@ -29,16 +29,14 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     for kernel in candidates:
         reason = kernel.why_not(device, dtype, head_dim, value_dim) or _probe(kernel, device, dtype, head_dim, value_dim)
         if reason is None:
-            logger.info(
-                "hf_fpdt: attention kernel %s for %s, %s, head_dim %d%s",
-                kernel.name, device.type, str(dtype).removeprefix("torch."), head_dim,
-                "".join(f"; {text}" for text in reasons),
-            )  # fmt: skip
+            passed_over = "".join(f"; {text}" for other, text in reasons if other.device_type in (None, device.type))
+            names = (kernel.name, device.type, str(dtype).removeprefix("torch."), head_dim)
+            logger.info("hf_fpdt: attention kernel %s for %s, %s, head_dim %d%s", *names, passed_over)
             return kernel
-        reasons.append(f"{kernel.name} {reason}")
+        reasons.append((kernel, f"{kernel.name} {reason}"))
     usable = [k.name for k in KERNELS.values() if k.why_not(device, dtype, head_dim, value_dim) is None]
     raise ValueError(
-        f"FPDTConfig(kernel={name!r}): {'; '.join(reasons)}. Usable here: {', '.join(usable)}; "
+        f"FPDTConfig(kernel={name!r}): {'; '.join(text for _, text in reasons)}. Usable here: {', '.join(usable)}; "
         'kernel="auto" takes the fastest of them.'
     )
 

@@ -798,3 +798,27 @@ def test_layer_that_does_not_attend_is_named(batch, streamed):
     streamed.model.layers[1].self_attn = silent
     with pytest.raises(ValueError, match="LlamaDecoderLayer 1 did not call attention through transformers' AttentionInterface"):
         streamed(**batch)
+
+
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_distributed_data_parallel(one_process_group, streamed, plain, batch, find_unused_parameters, caplog):
+    """
+    With `find_unused_parameters=True`, Trainer's default without gradient checkpointing, DDP clones every output tensor: the
+    logits must stay uncomputed. Each weight must be ready for reduction exactly once.
+    """
+    want, want_grads = loss_and_gradients(plain, batch)
+    wrapped = torch.nn.parallel.DistributedDataParallel(streamed, find_unused_parameters=find_unused_parameters)
+    out = wrapped(**batch)
+    out.loss.backward()
+    assert "logits were used" not in caplog.text
+    assert type(out.logits).__name__ == "DeferredLogits"
+    assert difference(out.loss, want) <= 2e-6
+    assert_gradients_close(gradients(streamed), want_grads)
+    assert_close(out.logits + 0.0 * torch.ones(1), plain(**batch).logits)

@@ -55,6 +55,9 @@ def test_metadata_without_computing(head, hidden, calls):
 
 
 STEPS = {
+    "detach": lambda x: x.detach(),
+    "clone": lambda x: x.clone(),
+    "contiguous": lambda x: x.contiguous(),
     "mul": lambda x: x * 0.5,
     "rmul": lambda x: 0.5 * x,
     "torch_mul": lambda x: torch.mul(x, 0.5),
@@ -104,7 +107,6 @@ def test_steps_alone_do_not_touch_gradients(logits, head, hidden):
 
 
 USES = {
-    "detach": lambda x: x.detach(),
     "index": lambda x: x[:, :-1],
     "argmax": lambda x: x.argmax(-1),
     "softmax": lambda x: torch.log_softmax(x, -1),
@@ -116,9 +118,7 @@ USES = {
     "rdiv": lambda x: 1.0 / (x + 100.0),
     "cat": lambda x: torch.cat([x, x]),
     "view": lambda x: x.view(-1, VOCAB),
-    "clone": lambda x: x.clone(),
     "compare": lambda x: x > 0,
-    "contiguous": lambda x: x.contiguous(),
     "to_device": lambda x: x.to("cpu"),
     "to_tensor": lambda x: x.to(torch.zeros(1, dtype=torch.float64)),
     "keyword_only": lambda x: torch.tanh(input=x),
