@@ -26,7 +26,10 @@ class FPDTConfig:
             layer (16-bit) and computes the attention forward once more.
         offload (`str`, *optional*, defaults to `"auto"`):
             Where what the backward needs waits for it: `"host"` in page-locked host memory, moved under the compute,
-            `"none"` on the device. `"auto"` is `"host"` for a CUDA device and `"none"` elsewhere.
+            `"none"` on the device. `"auto"` is `"host"` for a CUDA device and `"none"` on a CPU, where `"host"` only copies.
+        kv (`str`, *optional*, defaults to `"auto"`):
+            K and V of the layer that runs: `"resident"`, whole on the device, or `"streamed"`, in blocks of a chunk from host
+            memory, which needs `offload="host"` and holds only two blocks on the device. `"auto"` is `"resident"`.
 
     Raises:
         ValueError: for a value outside of the above, naming the value, what is needed, and the field.
@@ -44,6 +47,7 @@ class FPDTConfig:
     kernel: str = "auto"
     save_attention: bool | str = "auto"
     offload: str = "auto"
+    kv: str = "auto"
 
     def __post_init__(self):
         size = self.chunk_size
@@ -54,6 +58,12 @@ class FPDTConfig:
         _check_choice("kernel", self.kernel, ("auto", *KERNEL_NAMES))
         _check_choice("save_attention", self.save_attention, ("auto", True, False))
         _check_choice("offload", self.offload, ("auto", "none", "host"))
+        _check_choice("kv", self.kv, ("auto", "resident", "streamed"))
+        if self.kv == "streamed" and self.offload != "host":
+            raise ValueError(
+                f'FPDTConfig(kv="streamed", offload={self.offload!r}): K and V stream from host memory. Set offload="host", or '
+                'kv="resident".'
+            )
 
 
 def _check_choice(field: str, value, choices: tuple) -> None:

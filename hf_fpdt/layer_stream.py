@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .causal_attention import attend_prefix, attend_prefix_backward
 from .gradient_sum import GradientSum
 from .kernel_choice import choose_kernel
+from .key_value_store import ResidentStore, StreamedStore
 from .run_state import AutocastState, RandomState, no_autocast, preserved_random_state
 from .transfers import keep_for_backward
 
@@ -54,6 +54,7 @@ class LayerCall:
         kernel: kernel name as in `FPDTConfig`.
         save_attention: keep out and lse for the backward.
         offload: keep what the backward needs in host memory.
+        stream_kv: keep K and V in host memory also while the layer runs, and fetch them in blocks.
     """
 
     name: str
@@ -63,6 +64,14 @@ class LayerCall:
     kernel: str
     save_attention: bool
     offload: bool
+    stream_kv: bool
+
+    def keep(self, tensor: Tensor):
+        """Puts a tensor where this call keeps what is needed later."""
+        return keep_for_backward(tensor, on_host=self.offload)
+
+    def new_store(self) -> ResidentStore | StreamedStore:
+        return (StreamedStore if self.stream_kv else ResidentStore)(self.spans, self.keep)
 
 
 def stream_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor], previous: "SavedLayer | None"):
@@ -92,19 +101,16 @@ class SavedLayer:
         self.random: list[RandomState] = []
         self.inputs: list = []
         self.attention: list = []  # per chunk: (out, lse), if saved
-        self.key_value: tuple = ()
+        self.store = call.new_store()
         self.spent = False
-
-    def keep(self, tensor: Tensor):
-        return keep_for_backward(tensor, on_host=self.call.offload)
 
     def begin_chunk(self, x_chunk: Tensor) -> None:
         self.random.append(RandomState(x_chunk.device))
-        self.inputs.append(self.keep(x_chunk))
+        self.inputs.append(self.call.keep(x_chunk))
 
     def keep_attention(self, out: Tensor, lse: Tensor) -> None:
         if self.call.save_attention:
-            self.attention.append((self.keep(out), self.keep(lse)))
+            self.attention.append((self.call.keep(out), self.call.keep(lse)))
 
     def chunk_tensors(self, index: int) -> tuple:
         return (self.inputs[index], *(self.attention[index] if self.attention else ()))
@@ -113,8 +119,8 @@ class SavedLayer:
         """Starts the copies that this layer's backward needs first, if it is still to run."""
         if self.spent:
             return
-        for kept in (*self.key_value, *self.chunk_tensors(-1)):
-            kept.prefetch()
+        self.store.prefetch()
+        self.prefetch_chunk(-1)
 
     def prefetch_chunk(self, index: int) -> None:
         for kept in self.chunk_tensors(index):
@@ -156,25 +162,25 @@ class _StreamedLayer(torch.autograd.Function):
 
 
 def _forward_chunks(call: LayerCall, x: Tensor, saved: SavedLayer | None) -> Tensor:
-    store, y = _KeyValueStore(), None
-    for span in call.spans:
+    store, y = (call.new_store() if saved is None else saved.store), None
+    for index, span in enumerate(call.spans):
         x_chunk = x[:, slice(*span)]
         if saved is not None:
             saved.begin_chunk(x_chunk)
-        y_chunk = _run_chunk(call, x_chunk, _ForwardChunk(call, span, x.shape[1], store, saved))
+        y_chunk = _run_chunk(call, x_chunk, _ForwardChunk(call, index, store, saved))
         if y is None:
             y = y_chunk.new_empty(x.shape[0], x.shape[1], *y_chunk.shape[2:])
         y[:, slice(*span)] = y_chunk
-    if saved is not None:
-        saved.key_value = (saved.keep(store.key), saved.keep(store.value))
+    if saved is None:
+        store.release()
+    else:
+        store.end_forward()
     return y
 
 
 def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tensor, needs_grad_x: bool):
-    call = saved.call
-    for kept in saved.key_value:
-        kept.prefetch()
-    state = _BackwardState(call, *(kept.get() for kept in saved.key_value))
+    call, store = saved.call, saved.store
+    store.begin_backward()
     sums, grad_x = GradientSum(len(call.spans)), None
     for index in reversed(range(len(call.spans))):
         if index > 0:
@@ -184,7 +190,7 @@ def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tenso
         span = call.spans[index]
         x_chunk = saved.inputs[index].get().detach().requires_grad_(needs_grad_x)
         saved.random[index].set()
-        chunk = _BackwardChunk(state, span, saved.attention[index] if saved.attention else None)
+        chunk = _BackwardChunk(call, index, store, saved.attention[index] if saved.attention else None)
         with torch.enable_grad(), saved.autocast.context():
             y_chunk = _run_chunk(call, x_chunk, chunk)
         inputs = (x_chunk, *weights) if needs_grad_x else weights
@@ -195,8 +201,7 @@ def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tenso
         sums.add(grads[needs_grad_x:])
         del x_chunk, y_chunk, grads, chunk
         saved.release_chunk(index)
-    for kept in saved.key_value:
-        kept.release()
+    store.release()
     return grad_x, sums.result()
 
 
@@ -221,27 +226,12 @@ def _run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "_Chunk") -> Tensor:
     return result[0]
 
 
-class _KeyValueStore:
-    """K and V of one layer, `[batch, seq_len, kv_heads, dim]`, filled chunk by chunk."""
-
-    def __init__(self):
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    def append(self, span: tuple[int, int], seq_len: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the chunk and returns everything from 0 to its end."""
-        if self.key is None:
-            self.key, self.value = (t.new_empty(t.shape[0], seq_len, *t.shape[2:]) for t in (key, value))
-        start, stop = span
-        self.key[:, start:stop], self.value[:, start:stop] = key, value
-        return self.key[:, :stop], self.value[:, :stop]
-
-
 class _Chunk:
     """The chunk running through a layer, as the attention function sees it."""
 
-    def __init__(self, call: LayerCall, span: tuple[int, int]):
-        self.call, self.span, self.attended = call, span, False
+    def __init__(self, call: LayerCall, index: int, store: ResidentStore | StreamedStore):
+        self.call, self.index, self.span, self.store = call, index, call.spans[index], store
+        self.attended = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """`[batch, chunk, heads | kv_heads, dim]` each, after rotary embedding; returns `out`, shaped like `query`."""
@@ -267,60 +257,45 @@ class _Chunk:
 
 
 class _ForwardChunk(_Chunk):
-    def __init__(self, call, span, seq_len, store: _KeyValueStore, saved: SavedLayer | None):
-        super().__init__(call, span)
-        self._seq_len, self._store, self._saved = seq_len, store, saved
+    def __init__(self, call, index, store, saved: SavedLayer | None):
+        super().__init__(call, index, store)
+        self._saved = saved
 
     def _attend(self, kernel, query, key, value, scale):
-        keys, values = self._store.append(self.span, self._seq_len, key, value)
-        out, lse = attend_prefix(kernel, query, keys, values, scale)
+        self.store.append(self.index, key, value)
+        out, lse = self.store.attend(kernel, self.index, query, scale)
         if self._saved is not None:
             self._saved.keep_attention(out, lse)
         return out
 
 
-class _BackwardState:
-    """K and V of the layer and the fp32 (fp64) sums of their gradients, while its backward runs."""
-
-    def __init__(self, call: LayerCall, key: Tensor, value: Tensor):
-        self.call, self.key, self.value = call, key, value
-        wide = torch.promote_types(key.dtype, torch.float32)
-        self.grad_key, self.grad_value = (torch.zeros_like(t, dtype=wide) for t in (key, value))
-
-
 class _BackwardChunk(_Chunk):
-    def __init__(self, state: _BackwardState, span, kept: tuple | None):
-        super().__init__(state.call, span)
-        self.state, self._kept = state, kept
+    def __init__(self, call, index, store, kept: tuple | None):
+        super().__init__(call, index, store)
+        self._kept = kept
 
     def _attend(self, kernel, query, key, value, scale):
-        stop = self.span[1]
         if self._kept is not None:
             out, lse = (kept.get() for kept in self._kept)
         else:
             with torch.no_grad():
-                out, lse = attend_prefix(kernel, query, self.state.key[:, :stop], self.state.value[:, :stop], scale)
-        return _SavedAttention.apply(query, key, value, out, lse, self.state, self.span, (kernel, scale))
+                out, lse = self.store.attend(kernel, self.index, query, scale)
+        return _SavedAttention.apply(query, key, value, out, lse, (self.store, kernel, self.index, scale))
 
 
 class _SavedAttention(torch.autograd.Function):
     """Attention whose result is known: returns it, and has the gradient of having computed it."""
 
     @staticmethod
-    def forward(ctx, query, key, value, out, lse, state, span, how):
+    def forward(ctx, query, key, value, out, lse, how):
         ctx.save_for_backward(query, out, lse)
-        ctx.state, ctx.span, ctx.how = state, span, how
+        ctx.how = how
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         query, out, lse = ctx.saved_tensors
-        state, (start, stop), (kernel, scale) = ctx.state, ctx.span, ctx.how
-        keys, values, grad_keys, grad_values = (t[:, :stop] for t in (state.key, state.value, state.grad_key, state.grad_value))
-        grad_query = attend_prefix_backward(
-            kernel, grad_out.contiguous(), query, keys, values, out, lse, scale, grad_keys, grad_values
-        )
-        # Chunks after this one have run already, so the sums of this chunk's own keys are complete.
-        grad_key, grad_value = (g[:, start:].to(state.key.dtype) for g in (grad_keys, grad_values))
-        return grad_query, grad_key, grad_value, None, None, None, None, None
+        store, kernel, index, scale = ctx.how
+        grads = store.attend_backward(kernel, index, grad_out.contiguous(), query, out, lse, scale)
+        return *grads, None, None, None

@@ -191,6 +191,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         kernel=running.config.kernel,
         save_attention=running.save_attention,
         offload=running.offload,
+        stream_kv=running.config.kv == "streamed",
     )
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
     output, running.last_saved = stream_layer(call, hidden, weights, running.last_saved)

@@ -45,8 +45,8 @@ def active_pass() -> StreamedPass | None:
 def streamed_pass(config: FPDTConfig, batch_size: int, seq_len: int, device: torch.device) -> Iterator[StreamedPass]:
     """Makes the layers called inside stream a `[batch_size, seq_len]` input on `device`."""
     size = resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device.type)
-    # On a CPU the tensors are in host memory as they are, whatever `offload` says.
-    offload = device.type == "cuda" and config.offload != "none"
+    # On a CPU the tensors are in host memory as they are.
+    offload = config.offload == "host" or (config.offload == "auto" and device.type == "cuda")
     token = _active_pass.set(StreamedPass(config, seq_len, chunk_spans(seq_len, size), offload))
     try:
         yield _active_pass.get()

@@ -43,6 +43,9 @@ class KeptTensor:
             )
         return self._tensor
 
+    def evict(self) -> None:
+        """Nothing to do: this is the only copy."""
+
     def release(self) -> None:
         self._tensor = None
 
@@ -51,35 +54,37 @@ class HostCopy:
     """A tensor on its way to, in, or on its way back from host memory."""
 
     def __init__(self, transfers: "Transfers", tensor: Tensor):
-        self._piece = None  # set first: __del__ runs even if the arena refuses
+        self._piece = self._fetched = None  # set first: __del__ runs even if the arena refuses
         self._transfers = transfers
-        self._device = tensor.device
         self._piece = transfers.arena.take(tensor.numel() * tensor.element_size())
         num_bytes = tensor.numel() * tensor.element_size()
         self._host = self._piece.memory()[:num_bytes].view(tensor.dtype).view(tensor.shape)
         self._written = transfers.copy_to_host(tensor, self._host)
-        self._fetched: tuple[Tensor, torch.cuda.Event] | None = None
 
     def prefetch(self) -> None:
         """Starts the copy to the device, if it was not started yet."""
         if self._fetched is None:
-            self._fetched = self._transfers.copy_to_device(self._host, self._written, self._device)
+            self._fetched = self._transfers.copy_to_device(self._host, self._written)
 
     def get(self) -> Tensor:
         """The tensor on the device, safe to use on the current stream."""
         self.prefetch()
         tensor, arrived = self._fetched
-        torch.cuda.current_stream(self._device).wait_event(arrived)
+        self._transfers.wait(arrived)
         return tensor
 
-    def release(self) -> None:
-        """Drops the device copy and returns the host memory. More than once is harmless."""
-        if self._piece is None:
-            return
+    def evict(self) -> None:
+        """Drops the device's copy and keeps the host's."""
         if self._fetched is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._fetched[1])
-        self._piece.give_back()
-        self._piece = self._host = self._fetched = None
+            self._transfers.wait(self._fetched[1])
+            self._fetched = None
+
+    def release(self) -> None:
+        """Drops the device's copy and returns the host memory. More than once is harmless."""
+        self.evict()
+        if self._piece is not None:
+            self._piece.give_back()
+            self._piece = self._host = None
 
     def __del__(self):
         # A graph that is dropped without a backward gives its host memory back as well.
@@ -93,46 +98,69 @@ class Transfers:
 
     def __init__(self, device: torch.device):
         self.arena = HostArena()
+        self._device = device
         self._d2h_stream = torch.cuda.Stream(device)
         self._h2d_stream = torch.cuda.Stream(device)
         self._pending: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def copy_to_host(self, tensor: Tensor, host: Tensor) -> torch.cuda.Event:
+        """Starts the copy; the event is its end."""
         # A strided source would be staged inside copy_, and the host would wait for it. Detached: what waits here must not
         # keep the graph alive that the tensor came from.
         tensor = tensor.detach().contiguous()
-        self._d2h_stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        self._d2h_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._d2h_stream):
             host.copy_(tensor, non_blocking=True)
             done = self._d2h_stream.record_event()
         self._pending.append((done, tensor))
-        self.drop_finished(self.max_pending)
+        self._drop_finished()
         return done
 
-    def copy_to_device(self, host: Tensor, written: torch.cuda.Event, device: torch.device):
-        self.drop_finished(self.max_pending)
-        tensor = torch.empty(host.shape, dtype=host.dtype, device=device)
-        self._h2d_stream.wait_stream(torch.cuda.current_stream(device))
+    def copy_to_device(self, host: Tensor, written: torch.cuda.Event) -> tuple[Tensor, torch.cuda.Event]:
+        """Starts the copy of what was complete at the event `written`; returns the tensor and the event of its arrival."""
+        self._drop_finished()
+        tensor = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        self._h2d_stream.wait_stream(torch.cuda.current_stream(self._device))
         self._h2d_stream.wait_event(written)
         with torch.cuda.stream(self._h2d_stream):
             tensor.copy_(host, non_blocking=True)
             return tensor, self._h2d_stream.record_event()
 
-    def drop_finished(self, max_pending: int) -> None:
-        """Forgets sources whose copy is done, and makes compute wait for the oldest while more than `max_pending` are left."""
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Makes compute wait for a copy."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def _drop_finished(self) -> None:
+        """Forgets sources whose copy is done; makes compute wait for the oldest while more than `max_pending` are left."""
         while self._pending:
-            done, tensor = self._pending[0]
+            done, _ = self._pending[0]
             if not done.query():
-                if len(self._pending) <= max_pending:
+                if len(self._pending) <= self.max_pending:
                     return
-                torch.cuda.current_stream(tensor.device).wait_event(done)
+                self.wait(done)
             self._pending.popleft()
 
 
+class CpuTransfers:
+    """The same on a CPU: pieces of an arena that is not page-locked, and copies that are over when they return."""
+
+    def __init__(self):
+        self.arena = HostArena(lock=lambda slab: None, unlock=lambda slab: None)
+
+    def copy_to_host(self, tensor: Tensor, host: Tensor) -> None:
+        host.copy_(tensor.detach())
+
+    def copy_to_device(self, host: Tensor, written: None) -> tuple[Tensor, None]:
+        return torch.empty(host.shape, dtype=host.dtype).copy_(host), None
+
+    def wait(self, event: None) -> None:
+        """Nothing is in flight."""
+
+
 @lru_cache
-def transfers_for(device: torch.device) -> Transfers:
+def transfers_for(device: torch.device) -> Transfers | CpuTransfers:
     """The transfers of a device, made at first use."""
-    return Transfers(device)
+    return CpuTransfers() if device.type == "cpu" else Transfers(device)
 
 
 def keep_for_backward(tensor: Tensor, *, on_host: bool) -> KeptTensor | HostCopy:

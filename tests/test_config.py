@@ -11,7 +11,8 @@ from hf_fpdt.config import KERNEL_NAMES
 
 def test_defaults():
     config = FPDTConfig()
-    assert dataclasses.asdict(config) == {"chunk_size": "auto", "kernel": "auto", "save_attention": "auto", "offload": "auto"}
+    assert set(dataclasses.asdict(config)) == {"chunk_size", "kernel", "save_attention", "offload", "kv"}
+    assert set(dataclasses.asdict(config).values()) == {"auto"}
 
 
 @pytest.mark.parametrize(

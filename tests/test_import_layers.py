@@ -21,7 +21,7 @@ LAYERS = {
     "version": 0, "config": 0, "chunking": 0, "online_softmax": 0, "gradient_sum": 0, "run_state": 0, "host_arena": 0,
     "instance_forward": 0, "input_checks": 0, "deferred_logits": 0, "attention_kernels": 0, "cross_entropy": 0,
     "transfers": 1, "causal_attention": 1, "token_stream": 1, "chunked_loss": 1,
-    "kernel_choice": 2, "model_loss": 2,
+    "kernel_choice": 2, "model_loss": 2, "key_value_store": 2,
     "layer_stream": 3,
     "streamed_pass": 4,
     "attention_interface": 5,

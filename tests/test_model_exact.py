@@ -23,7 +23,7 @@ from reference import (
     total_gradient_error,
 )  # fmt: skip
 
-from hf_fpdt import layer_stream
+from hf_fpdt import key_value_store
 
 CONFIGS = {
     "llama_mha": lambda: tiny_llama(num_key_value_heads=4),
@@ -59,6 +59,17 @@ def test_gradients_equal_eager(name, chunk_size):
 @pytest.mark.parametrize("name", ["llama_gqa_4_to_1", "neox_sequential"])
 def test_every_kernel_and_setting(name, kernel, save_attention, batch):
     compare(CONFIGS[name](), make_batch(batch), 20, kernel=kernel, save_attention=save_attention)
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("save_attention", [True, False])
+@pytest.mark.parametrize("kernel", ["torch_cpu", "naive"])
+@pytest.mark.parametrize("name", ["llama_gqa_4_to_1", "neox_sequential"])
+def test_streamed_keys_and_values(name, kernel, save_attention, chunk_size):
+    """Blocks fetched one by one and merged, against attention over all keys at once."""
+    compare(
+        CONFIGS[name](), make_batch(2), chunk_size, kernel=kernel, save_attention=save_attention, offload="host", kv="streamed"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama_gqa_4_to_1", "neox_parallel"])
@@ -145,8 +156,8 @@ def test_bf16_gradients_of_keys_survive_many_chunks():
 @pytest.mark.parametrize(("save_attention", "passes"), [(True, 1), ("auto", 1), (False, 2)])
 def test_attention_is_computed_once_if_saved(monkeypatch, save_attention, passes):
     """What save_attention=True is for, and that False does not keep it."""
-    calls, attend = [], layer_stream.attend_prefix
-    monkeypatch.setattr(layer_stream, "attend_prefix", lambda *args: calls.append(1) or attend(*args))
+    calls, attend = [], key_value_store.attend_prefix
+    monkeypatch.setattr(key_value_store, "attend_prefix", lambda *args: calls.append(1) or attend(*args))
     model = make_streamed(tiny_llama(), 16, save_attention=save_attention)
     loss = model(**make_batch(2)).loss
     assert len(calls) == 2 * 3

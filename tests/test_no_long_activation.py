@@ -88,6 +88,15 @@ def allowed_long_shapes(kv_heads: int, rotary_dim: int) -> set[tuple]:
     }
 
 
+@pytest.mark.parametrize(("config", "kv_heads"), [(llama, KV_HEADS), (neox, HEADS)], ids=["llama", "neox"])
+def test_streamed_keys_and_values_are_never_whole(config, kv_heads):
+    whole = {((BATCH, SEQ, kv_heads, HEAD_DIM), torch.float32), ((BATCH, kv_heads, SEQ, HEAD_DIM), torch.float32)}
+    resident = watch_step(make_streamed(config(), CHUNK, kernel="torch_cpu", offload="host"))
+    assert whole & set(resident.long())
+    streamed = watch_step(make_streamed(config(), CHUNK, kernel="torch_cpu", offload="host", kv="streamed"))
+    assert not whole & set(streamed.long())
+
+
 @pytest.mark.parametrize("save_attention", [True, False])
 @pytest.mark.parametrize(("config", "kv_heads"), [(llama, KV_HEADS), (neox, HEADS)], ids=["llama", "neox"])
 def test_only_listed_tensors_are_as_long_as_the_sequence(config, kv_heads, save_attention):
