@@ -117,6 +117,8 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
     forward = inner_forward(model)
     if model.config._attn_implementation != NAME:
         return forward(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        _refuse_compilation(type(model).__name__)
     arguments = named_arguments(model, args, kwargs)
     if not _streams(model, arguments):
         return forward(*args, **kwargs)
@@ -136,6 +138,14 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
     if running.last_saved is not None:
         running.last_saved.prefetch_first()  # the backward starts with the last layer: its copies run under the loss
     return output
+
+
+@torch.compiler.disable  # the compiler leaves it alone, so that it is this error that arrives
+def _refuse_compilation(name: str) -> None:
+    raise ValueError(
+        f'torch.compile of {name} with attn_implementation="fpdt" is not supported: its layers run chunk by chunk in Python. '
+        "Set torch_compile=False, or compile a model of another attn_implementation."
+    )
 
 
 def _streams(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:

@@ -281,3 +281,9 @@ def test_a_model_is_usable_after_an_error(streamed):
     ids = make_batch(2)["input_ids"]
     assert type(streamed(ids).logits) is torch.Tensor
     assert streamed(**make_batch(2)).loss.item() == want
+
+
+def test_torch_compile(streamed):
+    with pytest.raises(ValueError, match=r"torch\.compile of LlamaForCausalLM .* Set torch_compile=False"):
+        torch.compile(streamed, backend="eager")(**make_batch(1))
+    assert streamed(**make_batch(1)).loss.isfinite()
