@@ -34,10 +34,15 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Undoes `replace_forward`, if it was done."""
+    """
+    Undoes `replace_forward`, if it was done. A forward that somebody set over ours stays: theirs either does not call ours, or
+    has it inside, where it passes every call on once the attention implementation is another one.
+    """
     if not is_replaced(module):
         return
     inner = module.__dict__.pop(_INNER)
+    if not isinstance(module.__dict__.get("forward"), _Forward):
+        return
     if inner is None:
         module.__dict__.pop("forward", None)
     else:

@@ -822,3 +822,18 @@ def test_distributed_data_parallel(one_process_group, streamed, plain, batch, fi
     assert difference(out.loss, want) <= 2e-6
     assert_gradients_close(gradients(streamed), want_grads)
     assert_close(out.logits + 0.0 * torch.ones(1), plain(**batch).logits)
+
+
+def test_restore_leaves_a_foreign_forward(streamed, plain, batch):
+    """Liger, TRL and accelerate set a forward of their own on the instance; undoing ours must not take theirs away."""
+    inner = streamed.forward
+
+    def foreign(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    streamed.forward = foreign
+    assert lengths_of(streamed, batch) == LENGTHS
+    restore(streamed)
+    assert streamed.__dict__["forward"] is foreign
+    assert lengths_of(streamed, batch) == [SEQ_LEN]
+    assert difference(streamed(**batch).loss, plain(**batch).loss) <= 2e-6
