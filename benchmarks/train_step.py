@@ -8,6 +8,7 @@ Memory: torch's peak of allocated bytes over the timed steps, and host bytes loc
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -25,9 +26,11 @@ def main():
         print(json.dumps(_point(args)), flush=True)
         return
     rows = []
-    for seq_len in args.seq_lens.split(","):
-        for contender in args.contenders.split(","):
-            rows.append(_in_fresh_process(args, contender, int(seq_len)))
+    settings = json.loads(args.fpdt)
+    for seq_len, contender in itertools.product(args.seq_lens.split(","), args.contenders.split(",")):
+        several = isinstance(settings, list) and contender.startswith("fpdt")
+        for fpdt in settings if several else [settings if isinstance(settings, dict) else {}]:
+            rows.append(_in_fresh_process(args, contender, int(seq_len), fpdt))
             print(_line(rows[-1]), flush=True)
             if args.out:
                 _write(args, rows)
@@ -41,17 +44,17 @@ def _arguments():
     parser.add_argument("--shape", default="llama-3.1-8b", help="a name in benchmarks/shapes.py")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps")
-    parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON")
+    parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
     parser.add_argument("--grad-norms", action="store_true", help="add the gradient norm of every parameter to the rows")
     parser.add_argument("--out", help="JSON file, written after every point")
     parser.add_argument("--point", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _in_fresh_process(args, contender: str, seq_len: int) -> dict:
+def _in_fresh_process(args, contender: str, seq_len: int, fpdt: dict) -> dict:
     command = [sys.executable, "-m", "benchmarks.train_step", "--point", "--contenders", contender]
     command += ["--seq-lens", str(seq_len), "--shape", args.shape, "--layers", str(args.layers)]
-    command += ["--repeats", str(args.repeats), "--fpdt", args.fpdt] + ["--grad-norms"] * args.grad_norms
+    command += ["--repeats", str(args.repeats), "--fpdt", json.dumps(fpdt)] + ["--grad-norms"] * args.grad_norms
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     row = {"contender": contender, "seq_len": seq_len, "layers": args.layers, "shape": args.shape}
@@ -163,7 +166,7 @@ def _line(row: dict) -> str:
     mfu = f", causal MFU {row['causal_mfu']:.1%}" if "causal_mfu" in row else ""
     return (
         text
-        + f"{row['step_s']:.2f} s, peak {row['peak_gib']:.1f} GiB, host {row['host_gib']:.1f} GiB{mfu} {row.get('kernel', '')}"
+        + f"{row['step_s']:.2f} s, peak {row['peak_gib']:.1f} GiB, host {row['host_gib']:.1f} GiB{mfu} {row.get('kernel', '')} {row.get('fpdt') or ''}".rstrip()
     )
 
 
