@@ -164,10 +164,8 @@ def _line(row: dict) -> str:
     if row.get("out_of_memory"):
         return text + "out of memory"
     mfu = f", causal MFU {row['causal_mfu']:.1%}" if "causal_mfu" in row else ""
-    return (
-        text
-        + f"{row['step_s']:.2f} s, peak {row['peak_gib']:.1f} GiB, host {row['host_gib']:.1f} GiB{mfu} {row.get('kernel', '')} {row.get('fpdt') or ''}".rstrip()
-    )
+    how = f" {row.get('kernel', '')} {row.get('fpdt') or ''}".rstrip()
+    return text + f"{row['step_s']:.2f} s, peak {row['peak_gib']:.1f} GiB, host {row['host_gib']:.1f} GiB{mfu}{how}"
 
 
 if __name__ == "__main__":
