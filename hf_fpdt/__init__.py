@@ -6,10 +6,11 @@ Importing it makes "fpdt" a valid `attn_implementation`; a model made that way s
 
 from .attention_interface import register
 from .config import FPDTConfig
+from .host_arena import HostMemoryError
 from .modeling import apply_fpdt, restore, watch_models
 from .version import __version__
 
-__all__ = ["FPDTConfig", "__version__", "apply_fpdt", "restore"]
+__all__ = ["FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "restore"]
 
 register()
 watch_models()

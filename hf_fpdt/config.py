@@ -30,6 +30,9 @@ class FPDTConfig:
         kv (`str`, *optional*, defaults to `"auto"`):
             K and V of the layer that runs: `"resident"`, whole on the device, or `"streamed"`, in blocks of a chunk from host
             memory, which needs `offload="host"` and holds only two blocks on the device. `"auto"` is `"resident"`.
+        host_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Most bytes of host memory that this process locks for offload, on each device, at least 1. `"auto"` takes what
+            the machine and the control group of the process can give, less 2 GiB. More is an error before it is touched.
 
     Raises:
         ValueError: for a value outside of the above, naming the value, what is needed, and the field.
@@ -48,13 +51,11 @@ class FPDTConfig:
     save_attention: bool | str = "auto"
     offload: str = "auto"
     kv: str = "auto"
+    host_memory: int | str = "auto"
 
     def __post_init__(self):
-        size = self.chunk_size
-        if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(
-                f'FPDTConfig(chunk_size={size!r}): chunk_size must be "auto" or a whole number of tokens, at least 1.'
-            )
+        _check_count("chunk_size", self.chunk_size, "tokens")
+        _check_count("host_memory", self.host_memory, "bytes")
         _check_choice("kernel", self.kernel, ("auto", *KERNEL_NAMES))
         _check_choice("save_attention", self.save_attention, ("auto", True, False))
         _check_choice("offload", self.offload, ("auto", "none", "host"))
@@ -64,6 +65,11 @@ class FPDTConfig:
                 f'FPDTConfig(kv="streamed", offload={self.offload!r}): K and V stream from host memory. Set offload="host", or '
                 'kv="resident".'
             )
+
+
+def _check_count(field: str, value, unit: str) -> None:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f'FPDTConfig({field}={value!r}): {field} must be "auto" or a whole number of {unit}, at least 1.')
 
 
 def _check_choice(field: str, value, choices: tuple) -> None:

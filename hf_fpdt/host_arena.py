@@ -8,6 +8,7 @@ turns with `take`; a piece may come back at any time and from any thread, also f
 """
 
 import mmap
+import time
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
@@ -15,8 +16,20 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from .host_limits import available_host_bytes
+
 _PIECE_ALIGNMENT = 4096  # bytes
 _SLAB_BYTES = 512 << 20
+_RESERVE_BYTES = 2 << 30  # left to the rest of the machine
+_PATIENCE_S = 10.0  # a virtual machine may be given more memory while it is waited for
+_KNOBS = (
+    'Use FPDTConfig(save_attention=False), which keeps less, FPDTConfig(offload="none"), shorter sequences, or raise '
+    "FPDTConfig(host_memory=...)."
+)
+
+
+class HostMemoryError(RuntimeError):
+    """There is not enough host memory for what the backward needs."""
 
 
 class HostArena:
@@ -32,6 +45,7 @@ class HostArena:
     def __init__(self, slab_bytes: int = _SLAB_BYTES, lock=None, unlock=None):
         self._slab_bytes = slab_bytes
         self._lock, self._unlock = lock or _cuda_lock, unlock or _cuda_unlock
+        self.limit_bytes: int | None = None  # most that may be locked; None: what the machine can give, less a reserve
         self._slabs: list[Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # per slab: sorted (offset, bytes), no two adjacent
         self._returned: deque[HostPiece] = deque()  # not yet in the lists
@@ -52,7 +66,8 @@ class HostArena:
         A piece of at least `num_bytes` bytes, aligned to a page.
 
         Raises:
-            RuntimeError: if the system cannot map or lock more host memory, with the bytes asked for and locked so far.
+            HostMemoryError: if that is more than the limit or than the machine can give, or if it cannot be locked; with the
+                bytes needed, the bytes there, and the settings that help.
         """
         size = max(-(-num_bytes // _PIECE_ALIGNMENT), 1) * _PIECE_ALIGNMENT
         self._join_returned()
@@ -89,19 +104,42 @@ class HostArena:
         insort(spans, (start, stop - start))
 
     def _grow(self, size: int) -> None:
-        size = max(size, self._slab_bytes)
+        size = self._size_of_next_slab(size)
         try:
             slab = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
             self._lock(slab)
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(
-                f"hf_fpdt could not lock {size / 2**30:.2f} GiB more of host memory ({self.locked_bytes / 2**30:.2f} GiB "
-                f'are locked already): {error}. Use FPDTConfig(offload="none"), FPDTConfig(save_attention=False), or a '
-                "shorter sequence."
-            ) from error
+            raise HostMemoryError(f"{self._shortage(size)} The system refused: {error}. {_KNOBS}") from error
         weakref.finalize(self, self._unlock, slab).atexit = False  # at exit the driver goes first
         self._slabs.append(slab)
         self._free.append([(0, size)])
+
+    def _size_of_next_slab(self, needed: int) -> int:
+        """A whole slab if there is room for it, else just what is needed; refused before anything is touched."""
+        wanted = max(needed, self._slab_bytes)
+        if self.limit_bytes is not None:
+            left = self.limit_bytes - self.locked_bytes
+            if left < needed:
+                raise HostMemoryError(
+                    f"{self._shortage(needed)} The limit is {self.limit_bytes / 2**30:.2f} GiB "
+                    f"(FPDTConfig(host_memory={self.limit_bytes})). {_KNOBS}"
+                )
+            return min(wanted, left)
+        deadline = time.monotonic() + _PATIENCE_S
+        while (available := available_host_bytes()) is not None and available - _RESERVE_BYTES < needed:
+            if time.monotonic() > deadline:
+                raise HostMemoryError(
+                    f"{self._shortage(needed)} The machine, or the control group this process runs in, has "
+                    f"{available / 2**30:.2f} GiB available, of which {_RESERVE_BYTES / 2**30:.0f} GiB are left alone. {_KNOBS}"
+                )
+            time.sleep(0.2)
+        return wanted if available is None or available - _RESERVE_BYTES >= wanted else needed
+
+    def _shortage(self, size: int) -> str:
+        return (
+            f"hf_fpdt needs {size / 2**30:.2f} GiB more of page-locked host memory; {self.locked_bytes / 2**30:.2f} GiB are "
+            "locked already."
+        )
 
 
 class HostPiece:

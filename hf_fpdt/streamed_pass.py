@@ -10,6 +10,7 @@ import torch
 from .chunking import chunk_spans, resolve_chunk_size
 from .config import FPDTConfig
 from .layer_stream import SavedLayer
+from .transfers import transfers_for
 
 _active_pass: ContextVar["StreamedPass | None"] = ContextVar("fpdt_active_pass", default=None)
 
@@ -47,6 +48,8 @@ def streamed_pass(config: FPDTConfig, batch_size: int, seq_len: int, device: tor
     size = resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device.type)
     # On a CPU the tensors are in host memory as they are.
     offload = config.offload == "host" or (config.offload == "auto" and device.type == "cuda")
+    if offload:
+        transfers_for(device).arena.limit_bytes = None if config.host_memory == "auto" else config.host_memory
     token = _active_pass.set(StreamedPass(config, seq_len, chunk_spans(seq_len, size), offload))
     try:
         yield _active_pass.get()

@@ -86,7 +86,7 @@ def auto_chunks(monkeypatch):
 
 
 def test_public_names():
-    assert set(hf_fpdt.__all__) == {"FPDTConfig", "__version__", "apply_fpdt", "restore"}
+    assert set(hf_fpdt.__all__) == {"FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "restore"}
     assert all(hasattr(hf_fpdt, name) for name in hf_fpdt.__all__)
 
 

@@ -11,7 +11,7 @@ from hf_fpdt.config import KERNEL_NAMES
 
 def test_defaults():
     config = FPDTConfig()
-    assert set(dataclasses.asdict(config)) == {"chunk_size", "kernel", "save_attention", "offload", "kv"}
+    assert set(dataclasses.asdict(config)) == {"chunk_size", "kernel", "save_attention", "offload", "kv", "host_memory"}
     assert set(dataclasses.asdict(config).values()) == {"auto"}
 
 
@@ -19,7 +19,7 @@ def test_defaults():
     "settings",
     [
         {"chunk_size": 1}, {"chunk_size": 1 << 20}, {"save_attention": True}, {"save_attention": False}, {"offload": "none"},
-        {"offload": "host"}, *({"kernel": name} for name in KERNEL_NAMES),
+        {"offload": "host"}, {"host_memory": 1 << 40}, *({"kernel": name} for name in KERNEL_NAMES),
     ],
 )  # fmt: skip
 def test_good_values(settings):
@@ -44,6 +44,9 @@ def test_good_values(settings):
         ({"save_attention": None}, r"FPDTConfig\(save_attention=None\)"),
         ({"offload": True}, r"FPDTConfig\(offload=True\): offload must be one of 'auto', 'none', 'host'"),
         ({"offload": "cpu"}, r"FPDTConfig\(offload='cpu'\)"),
+        ({"host_memory": 0}, r"FPDTConfig\(host_memory=0\): host_memory must be .* whole number of bytes, at least 1"),
+        ({"host_memory": "64GiB"}, r"FPDTConfig\(host_memory='64GiB'\)"),
+        ({"host_memory": 1e9}, r"FPDTConfig\(host_memory=1000000000.0\)"),
         ({"offload": None}, r"FPDTConfig\(offload=None\)"),
     ],
 )

@@ -7,11 +7,15 @@ A failure means two tensors in the same memory, or memory that leaks until the h
 import gc
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import make_batch, make_streamed, tiny_llama
 
-from hf_fpdt.host_arena import HostArena
+import hf_fpdt
+from hf_fpdt import host_arena, transfers
+from hf_fpdt.host_arena import HostArena, HostMemoryError
 
 PAGE = 4096
 SLAB = 64 * PAGE
@@ -128,9 +132,7 @@ def test_error_when_the_system_refuses(registered, error):
 
     arena = HostArena(slab_bytes=1 << 20, lock=lock, unlock=lambda slab: None)
     piece = arena.take(1 << 20)
-    with pytest.raises(
-        RuntimeError, match=r"could not lock 0\.00 GiB more of host memory \(0\.00 GiB are locked already\)"
-    ) as info:
+    with pytest.raises(HostMemoryError, match=r"needs 0\.00 GiB more of page-locked host memory; 0\.00 GiB are") as info:
         arena.take(1)
     assert str(error) in str(info.value)
     assert 'FPDTConfig(offload="none")' in str(info.value)
@@ -145,7 +147,7 @@ def test_error_names_the_bytes():
     def refuse(slab):
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match=r"could not lock 0\.25 GiB more"):
+    with pytest.raises(HostMemoryError, match=r"needs 0\.25 GiB more of page-locked host memory; 0\.00 GiB are locked already"):
         HostArena(slab_bytes=1 << 28, lock=refuse).take(5)
 
 
@@ -174,3 +176,78 @@ def test_pieces_come_back_from_other_threads(arena):
         thread.join()
     assert arena.used_bytes == 0
     assert all(len(spans) == 1 for spans in arena._free)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that reports so many available bytes, and time that passes only in `sleep`."""
+    state = SimpleNamespace(available=None, now=0.0, on_sleep=lambda: None)
+
+    def sleep(seconds):
+        state.now += seconds
+        state.on_sleep()
+
+    monkeypatch.setattr(host_arena, "available_host_bytes", lambda: state.available)
+    monkeypatch.setattr(host_arena.time, "monotonic", lambda: state.now)
+    monkeypatch.setattr(host_arena.time, "sleep", sleep)
+    monkeypatch.setattr(host_arena, "_RESERVE_BYTES", 100 * PAGE)
+    return state
+
+
+def make_arena(**kwargs):
+    return HostArena(lock=lambda slab: None, unlock=lambda slab: None, **kwargs)
+
+
+def test_limit(machine):
+    arena = make_arena(slab_bytes=4 * PAGE)
+    arena.limit_bytes = 10 * PAGE
+    pieces = [arena.take(3 * PAGE), arena.take(5 * PAGE)]
+    assert arena.locked_bytes == 9 * PAGE, "the slab of 4 and one of 5"
+    pieces.append(arena.take(PAGE))  # what is left of the first slab
+    pieces.append(arena.take(PAGE))  # the last slab is as short as the limit asks
+    assert arena.locked_bytes == 10 * PAGE
+    with pytest.raises(HostMemoryError, match=r"The limit is 0\.00 GiB \(FPDTConfig\(host_memory=40960\)\)\. Use FPDTConfig"):
+        arena.take(1)
+    pieces.pop().give_back()
+    assert arena.take(1).size == PAGE
+
+
+def test_a_machine_without_memory_refuses_before_anything_is_mapped(machine):
+    machine.available = 100 * PAGE + 3 * PAGE
+    locked = []
+    arena = HostArena(slab_bytes=64 * PAGE, lock=locked.append, unlock=lambda slab: None)
+    with pytest.raises(HostMemoryError, match=r"has 0\.00 GiB available, of which .* are left alone"):
+        arena.take(4 * PAGE)
+    assert locked == []
+    assert 9.9 < machine.now < 10.5, "it waited for memory that a virtual machine may be given"
+    assert arena.take(3 * PAGE).size == 3 * PAGE
+    assert arena.locked_bytes == 3 * PAGE, "not a whole slab: there was no room for one"
+
+
+def test_memory_that_arrives_is_used(machine):
+    machine.available = 0
+
+    def arrive():
+        machine.available += 30 * PAGE
+
+    machine.on_sleep = arrive
+    assert make_arena(slab_bytes=PAGE).take(50 * PAGE).size == 50 * PAGE
+    assert machine.available == 150 * PAGE
+    assert machine.now < 2
+
+
+def test_a_system_that_does_not_say_is_trusted(machine):
+    assert make_arena(slab_bytes=PAGE).take(50 * PAGE).size == 50 * PAGE
+    assert machine.now == 0
+
+
+def test_a_shortage_in_training_is_a_named_error_and_leaves_the_model_usable(monkeypatch):
+    transfers.transfers_for.cache_clear()
+    model, batch = make_streamed(tiny_llama(), 10, offload="host", host_memory=8 * PAGE), make_batch(1, 47)
+    with pytest.raises(hf_fpdt.HostMemoryError, match=r"FPDTConfig\(host_memory=32768\)"):
+        model(**batch)
+    gc.collect()
+    assert transfers.transfers_for(torch.device("cpu")).arena.used_bytes == 0
+    hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(chunk_size=10, offload="host"))
+    assert model(**batch).loss.isfinite()
+    transfers.transfers_for.cache_clear()

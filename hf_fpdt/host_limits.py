@@ -1,0 +1,46 @@
+"""How much host memory this process may still take: what the machine has free, and what its control groups allow."""
+
+from pathlib import Path
+
+
+def available_host_bytes(root: Path = Path("/")) -> int | None:
+    """
+    Bytes that can be taken now without swapping or being killed: the least of the kernel's `MemAvailable` and, for every
+    control group (v2) that this process is in, its limit less what is in use and cannot be reclaimed. None where neither can
+    be read (not Linux).
+    """
+    found = [_meminfo(root), *(_group(group) for group in _groups(root))]
+    known = [value for value in found if value is not None]
+    return max(min(known), 0) if known else None
+
+
+def _meminfo(root: Path) -> int | None:
+    for line in _read(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _groups(root: Path) -> list[Path]:
+    """The directory of this process's group and of every one around it."""
+    base = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        if line.startswith("0::"):
+            own = base / line[3:].strip().lstrip("/")
+            return [own, *(parent for parent in own.parents if base in (parent, *parent.parents))]
+    return []
+
+
+def _group(group: Path) -> int | None:
+    limit, current = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
+    if not limit.isdecimal() or not current.isdecimal():  # "max": no limit
+        return None
+    cached = [line.split()[1] for line in _read(group / "memory.stat").splitlines() if line.startswith("inactive_file ")]
+    return int(limit) - int(current) + sum(map(int, cached))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
