@@ -5,9 +5,9 @@ from pathlib import Path
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
     """
-    Bytes that can be taken now without swapping or being killed: the least of the kernel's `MemAvailable` and, for every
-    control group (v2) that this process is in, its limit less what is in use and cannot be reclaimed. None where neither can
-    be read (not Linux).
+    Bytes that can be taken now without swapping or being killed: the least of the kernel's `MemAvailable`, in a virtual
+    machine with what its balloon holds and gives back on demand, and, for every control group (v2) that this process is in,
+    of its limit less what is in use and cannot be reclaimed. None where neither can be read (not Linux).
     """
     found = [_meminfo(root), *(_group(group) for group in _groups(root))]
     known = [value for value in found if value is not None]
@@ -15,10 +15,11 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _meminfo(root: Path) -> int | None:
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    fields = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    kib = (int(fields[name].split()[0]) for name in ("MemAvailable", "Balloon") if name in fields)
+    return sum(kib) * 1024
 
 
 def _groups(root: Path) -> list[Path]:

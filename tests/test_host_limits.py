@@ -29,6 +29,7 @@ def group(name, limit, current, inactive=0):
     [
         ({}, None),
         (MEMINFO, 8 * MIB),
+        ({"proc/meminfo": MEMINFO["proc/meminfo"] + "Balloon:   2048 kB\nHugePages_Total:  0\n"}, 10 * MIB),
         (MEMINFO | INSIDE, 8 * MIB),
         (MEMINFO | INSIDE | group("pod/container", 6 * MIB, 4 * MIB), 2 * MIB),
         (MEMINFO | INSIDE | group("pod/container", 6 * MIB, 4 * MIB, inactive=MIB), 3 * MIB),
