@@ -1,5 +1,6 @@
 """One forward of a model whose layers stream: what its layers, masks and norms need to know of it, and of no other."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,9 @@ from .config import FPDTConfig
 from .layer_stream import SavedLayer
 from .transfers import transfers_for
 
+logger = logging.getLogger(__name__)
+
+_announced: set[FPDTConfig] = set()  # settings whose choices have been logged
 _active_pass: ContextVar["StreamedPass | None"] = ContextVar("fpdt_active_pass", default=None)
 
 
@@ -50,8 +54,14 @@ def streamed_pass(config: FPDTConfig, batch_size: int, seq_len: int, device: tor
     offload = config.offload == "host" or (config.offload == "auto" and device.type == "cuda")
     if offload:
         transfers_for(device).arena.limit_bytes = None if config.host_memory == "auto" else config.host_memory
-    token = _active_pass.set(StreamedPass(config, seq_len, chunk_spans(seq_len, size), offload))
+    running = StreamedPass(config, seq_len, chunk_spans(seq_len, size), offload)
+    if config not in _announced:
+        _announced.add(config)
+        where = "host memory" if offload else "device memory"
+        shape = (batch_size, seq_len, len(running.spans), size, where)
+        logger.info("hf_fpdt: %d x %d tokens in %d chunks of %d, kept for the backward in %s", *shape)
+    token = _active_pass.set(running)
     try:
-        yield _active_pass.get()
+        yield running
     finally:
         _active_pass.reset(token)

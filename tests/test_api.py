@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, Llam
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_fpdt
-from hf_fpdt import FPDTConfig, apply_fpdt, chunking, restore
+from hf_fpdt import FPDTConfig, apply_fpdt, chunking, restore, streamed_pass
 
 CHUNK = 20
 LENGTHS = [20, 20, 8]
@@ -837,3 +837,13 @@ def test_restore_leaves_a_foreign_forward(streamed, plain, batch):
     assert streamed.__dict__["forward"] is foreign
     assert lengths_of(streamed, batch) == [SEQ_LEN]
     assert difference(streamed(**batch).loss, plain(**batch).loss) <= 2e-6
+
+
+def test_the_first_pass_says_what_was_chosen(batch, caplog, monkeypatch):
+    monkeypatch.setattr(streamed_pass, "_announced", set())
+    model = make_streamed(tiny_llama(), 17)
+    with caplog.at_level(logging.INFO, logger="hf_fpdt"):
+        model(**batch)
+        model(**batch)
+    lines = [record.getMessage() for record in caplog.records if "chunks of" in record.getMessage()]
+    assert lines == ["hf_fpdt: 2 x 48 tokens in 3 chunks of 17, kept for the backward in device memory"]
