@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
+from .run_state import AutocastState
+
 logger = logging.get_logger(__name__)
 
 _ELEMENTWISE = {
@@ -57,6 +59,7 @@ class DeferredLogits(torch.Tensor):
         shape = (*hidden.shape[:-1], vocab_size)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self.hidden, self.head_module, self.head, self.steps = hidden, head_module, head, steps
+        self.called_with = (torch.is_grad_enabled(), AutocastState(hidden.device.type), _versions(head_module))
         return self
 
     def logits_of(self, hidden: Tensor) -> Tensor:
@@ -67,14 +70,21 @@ class DeferredLogits(torch.Tensor):
         return logits
 
     def materialize(self) -> Tensor:
-        """The logits of every position, as a plain tensor with its gradient."""
+        """The logits of every position, as a plain tensor with its gradient, as the call would have computed them."""
+        grad_enabled, autocast, versions = self.called_with
+        if versions != _versions(self.head_module):
+            raise RuntimeError(
+                "The output's logits are computed when they are read, and the output layer's weights were changed since the "
+                "call. Read the logits before optimizer.step(), or call the model without labels."
+            )
         logger.warning_once(
             "hf_fpdt: the output's logits were used after a call with labels, so all %s of them are computed (%.2f GiB). "
             "Read only the loss to avoid this; in Trainer, do without compute_metrics or set prediction_loss_only=True.",
             "x".join(str(size) for size in self.shape),
             self.numel() * self.element_size() / 2**30,
         )
-        return self.logits_of(self.hidden)
+        with torch.set_grad_enabled(grad_enabled), autocast.context():
+            return self.logits_of(self.hidden)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -86,6 +96,12 @@ class DeferredLogits(torch.Tensor):
             deferred = _record(func, args, kwargs)
             if deferred is not None:
                 return deferred
+        if args and isinstance(args[0], DeferredLogits) and _writes(func):
+            raise ValueError(
+                f"{func.__name__} changes the logits of a call with labels in place; with attn_implementation='fpdt' they are "
+                "not computed yet. Use a form that returns a new tensor (logits = logits * 2, torch.where), or call the model "
+                "without labels."
+            )
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialize, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -121,7 +137,19 @@ def _record(func, args, kwargs) -> DeferredLogits | None:
 
     dtype = step(torch.empty(0, dtype=logits.dtype, device=logits.device)).dtype
     steps = (*logits.steps, step)
-    return DeferredLogits(logits.hidden, logits.head_module, logits.head, vocab_size=logits.shape[-1], dtype=dtype, steps=steps)
+    size = logits.shape[-1]
+    deferred = DeferredLogits(logits.hidden, logits.head_module, logits.head, vocab_size=size, dtype=dtype, steps=steps)
+    deferred.called_with = logits.called_with
+    return deferred
+
+
+def _writes(func) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _versions(module: nn.Module) -> list[int]:
+    return [] if torch.is_inference_mode_enabled() else [w._version for w in module.parameters() if not w.is_inference()]
 
 
 def _is_array(value) -> bool:

@@ -847,3 +847,29 @@ def test_the_first_pass_says_what_was_chosen(batch, caplog, monkeypatch):
         model(**batch)
     lines = [record.getMessage() for record in caplog.records if "chunks of" in record.getMessage()]
     assert lines == ["hf_fpdt: 2 x 48 tokens in 3 chunks of 17, kept for the backward in device memory"]
+
+
+def test_logits_are_those_of_the_call(streamed, plain, batch):
+    with torch.no_grad():
+        got, want = streamed(**batch).logits, plain(**batch).logits
+    assert not (got + 0.0 * torch.ones(1)).requires_grad
+    assert_close(torch.from_numpy(got.numpy()), want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = streamed(**batch).logits
+    assert got[..., :1].dtype == torch.bfloat16
+
+
+def test_logits_of_changed_weights_are_refused(streamed, batch):
+    logits = streamed(**batch).logits
+    with torch.no_grad():
+        streamed.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"Read the logits before optimizer\.step\(\)"):
+        logits.argmax(-1)
+
+
+def test_writing_into_logits_is_refused(streamed, batch):
+    logits = streamed(**batch).logits
+    with pytest.raises(ValueError, match="__setitem__ changes the logits of a call with labels in place"):
+        logits[..., 0] = -1.0
+    with pytest.raises(ValueError, match="div_ changes the logits"):
+        logits.div_(2)
