@@ -10,6 +10,10 @@ from torch import Tensor
 from .attention_kernels import AttentionKernel
 from .online_softmax import merge_attention
 
+# Keys of one backward call. A kernel returns grad_key and grad_value of all its keys, and may hold fp32 sums of them as well:
+# 12 KiB a key for 8 heads of 128. Longer prefixes are cut, so that this does not grow with the sequence.
+MAX_BACKWARD_KEYS = 65536
+
 
 def attend_prefix(kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, scale: float):
     """
@@ -47,18 +51,22 @@ def attend_prefix_backward(
     Returns:
         `grad_query`, shaped like `query`.
     """
-    start = key.shape[1] - query.shape[1]
-    if start == 0 or kernel.aligns_last:
-        pieces = [(slice(None), True)]
-    else:
-        pieces = [(slice(0, start), False), (slice(start, None), True)]
     grad_query = None
-    for keys, causal in pieces:
+    for keys, causal in _backward_pieces(query.shape[1], key.shape[1], kernel.aligns_last):
         piece_query, piece_key, piece_value = kernel.backward(
             grad_out, query, key[:, keys], value[:, keys], out, lse, causal=causal, scale=scale
         )
         grad_key[:, keys] += piece_key
         grad_value[:, keys] += piece_value
-        # Two pieces are summed in the accumulators' precision, so that splitting costs one rounding and not two.
-        grad_query = piece_query if grad_query is None else grad_query.to(grad_key.dtype) + piece_query
+        # Summed in the accumulators' precision, so that cutting costs one rounding and not several.
+        grad_query = piece_query if grad_query is None else grad_query.to(grad_key.dtype).add_(piece_query)
     return grad_query.to(query.dtype)
+
+
+def _backward_pieces(queries: int, keys: int, aligns_last: bool) -> list[tuple[slice, bool]]:
+    """`(keys of a call, causal)`, the last of which is causal: the diagonal block, with keys before it if the kernel can."""
+    last = keys - queries
+    if aligns_last:
+        last = min(last, max(0, keys - MAX_BACKWARD_KEYS))
+    starts = range(0, last, MAX_BACKWARD_KEYS)
+    return [*((slice(at, min(at + MAX_BACKWARD_KEYS, last)), False) for at in starts), (slice(last, keys), True)]

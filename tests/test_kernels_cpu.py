@@ -139,6 +139,26 @@ def test_chunks_are_causal_attention(kernel, dtype, heads, kv_heads, chunk):
         assert_close(a, b, TOLERANCE[dtype], label)
 
 
+@pytest.mark.parametrize("max_keys", [1, 7, 16, 33, 49])
+@pytest.mark.parametrize("kernel", [NAIVE, TORCH_CPU], ids=lambda k: k.name)
+def test_backward_in_several_calls(monkeypatch, kernel, max_keys):
+    """A long prefix is cut into calls of at most `max_keys` keys, or the chunk's own if it is longer."""
+    qkv = draw_qkv(50, 50, dtype=torch.float64)
+    seen = []
+
+    def backward(grad_out, query, key, *args, **kwargs):
+        seen.append((query.shape[1], key.shape[1], kwargs["causal"]))
+        return type(kernel).backward(kernel, grad_out, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(kernel, "backward", backward, raising=False)
+    monkeypatch.setattr("hf_fpdt.causal_attention.MAX_BACKWARD_KEYS", max_keys)
+    got = run_chunks(kernel, qkv, chunk_spans(50, 16))
+    for label, a, b in zip(LABELS, got[2:], true_gradients(qkv, causal=True), strict=True):
+        assert_close(a, b, TOLERANCE[torch.float64], label)
+    assert all(keys <= max(max_keys, queries) for queries, keys, _ in seen)
+    assert sum(causal for *_, causal in seen) == 4
+
+
 @pytest.mark.parametrize("kernel", [NAIVE, TORCH_CPU], ids=lambda k: k.name)
 def test_backward_adds_to_what_is_there(kernel):
     """Later chunks have put their part into grad_key and grad_value already."""
