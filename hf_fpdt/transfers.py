@@ -10,6 +10,8 @@ stream is current for the caller.
 - `prefetch` takes device memory on the compute stream, makes the H2D stream wait for compute as it stands (the memory may have
   been freed by work still queued) and for the D2H copy of the same tensor, then copies. `get` makes compute wait for it.
   A tensor that was prefetched is freed by compute after `get`, so its memory is not used again before the copy is over.
+- A source that is changed in place while its copy may still be running spoils the copy: `get` raises. Behind the copy, which is
+  as long as the source stays referenced, it may change.
 - `release` returns the host memory at once. The next user of that memory writes it on the D2H stream after waiting for
   compute, and compute has waited for the last H2D read in `get`; if `get` was never called, `release` makes compute wait.
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .host_arena import HostArena
+from .unchanged import version_of
 
 
 class KeptTensor:
@@ -30,17 +33,14 @@ class KeptTensor:
 
     def __init__(self, tensor: Tensor):
         self._tensor = tensor
-        self._version = tensor._version
+        self._version = version_of(tensor)
 
     def prefetch(self) -> None:
         """Nothing to do: the tensor is there."""
 
     def get(self) -> Tensor:
-        if self._tensor._version != self._version:
-            raise RuntimeError(
-                f"A tensor of shape {list(self._tensor.shape)} that a streamed layer needs in its backward was changed in "
-                "place after the layer ran. Replace the in-place operation on the layer's input or output."
-            )
+        if version_of(self._tensor) != self._version:
+            raise RuntimeError(_changed(self._tensor))
         return self._tensor
 
     def evict(self) -> None:
@@ -70,6 +70,8 @@ class HostCopy:
         """The tensor on the device, safe to use on the current stream."""
         self.prefetch()
         tensor, arrived = self._fetched
+        if self._written is not None and self._written.spoilt():
+            raise RuntimeError(_changed(tensor))
         self._transfers.wait(arrived)
         return tensor
 
@@ -91,6 +93,26 @@ class HostCopy:
         self.release()
 
 
+class HostWrite:
+    """The copy of a tensor to the host, which ends with the event `done`. Refers to the tensor until `drop`."""
+
+    def __init__(self, tensor: Tensor, done: torch.cuda.Event):
+        self.done, self.device = done, tensor.device
+        self._tensor, self._version, self._spoilt = tensor, version_of(tensor), False
+
+    def query(self) -> bool:
+        """Whether the copy is over."""
+        return self.done.query()
+
+    def spoilt(self) -> bool:
+        """Whether the tensor was changed in place before it was dropped."""
+        return self._spoilt if self._tensor is None else version_of(self._tensor) != self._version
+
+    def drop(self) -> None:
+        """What changes the tensor from now on comes after the copy."""
+        self._spoilt, self._tensor = self.spoilt(), None
+
+
 class Transfers:
     """The two copy streams of one CUDA device and the host memory they use."""
 
@@ -101,27 +123,28 @@ class Transfers:
         self._device = device
         self._d2h_stream = torch.cuda.Stream(device)
         self._h2d_stream = torch.cuda.Stream(device)
-        self._pending: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._pending: deque[HostWrite] = deque()
 
-    def copy_to_host(self, tensor: Tensor, host: Tensor) -> torch.cuda.Event:
-        """Starts the copy; the event is its end."""
+    def copy_to_host(self, tensor: Tensor, host: Tensor) -> HostWrite:
+        """Starts the copy."""
         # A strided source would be staged inside copy_, and the host would wait for it. Detached: what waits here must not
-        # keep the graph alive that the tensor came from.
+        # keep the graph alive that the tensor came from. A detached view counts its changes with the tensor; a contiguous
+        # copy is nobody else's.
         tensor = tensor.detach().contiguous()
         self._d2h_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._d2h_stream):
             host.copy_(tensor, non_blocking=True)
-            done = self._d2h_stream.record_event()
-        self._pending.append((done, tensor))
+            write = HostWrite(tensor, self._d2h_stream.record_event())
+        self._pending.append(write)
         self._drop_finished()
-        return done
+        return write
 
-    def copy_to_device(self, host: Tensor, written: torch.cuda.Event) -> tuple[Tensor, torch.cuda.Event]:
-        """Starts the copy of what was complete at the event `written`; returns the tensor and the event of its arrival."""
+    def copy_to_device(self, host: Tensor, written: HostWrite) -> tuple[Tensor, torch.cuda.Event]:
+        """Starts the copy of what was `written`; returns the tensor and the event of its arrival."""
         self._drop_finished()
         tensor = torch.empty(host.shape, dtype=host.dtype, device=self._device)
         self._h2d_stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._h2d_stream.wait_event(written)
+        self._h2d_stream.wait_event(written.done)
         with torch.cuda.stream(self._h2d_stream):
             tensor.copy_(host, non_blocking=True)
             return tensor, self._h2d_stream.record_event()
@@ -133,11 +156,12 @@ class Transfers:
     def _drop_finished(self) -> None:
         """Forgets sources whose copy is done; makes compute wait for the oldest while more than `max_pending` are left."""
         while self._pending:
-            done, _ = self._pending[0]
-            if not done.query():
+            write = self._pending[0]
+            if not write.query():
                 if len(self._pending) <= self.max_pending:
                     return
-                self.wait(done)
+                self.wait(write.done)
+            write.drop()
             self._pending.popleft()
 
 
@@ -166,3 +190,10 @@ def transfers_for(device: torch.device) -> Transfers | CpuTransfers:
 def keep_for_backward(tensor: Tensor, *, on_host: bool) -> KeptTensor | HostCopy:
     """Keeps a tensor for the backward, in host memory if asked to."""
     return HostCopy(transfers_for(tensor.device), tensor) if on_host else KeptTensor(tensor)
+
+
+def _changed(tensor: Tensor) -> str:
+    return (
+        f"A tensor of shape {list(tensor.shape)} that a streamed layer needs in its backward was changed in place after the "
+        "layer ran. Replace the in-place operation on the layer's input or output."
+    )

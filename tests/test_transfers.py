@@ -176,6 +176,48 @@ def test_a_copy_can_be_fetched_again(simulated):
     assert simulated.arena.used_bytes == 0
 
 
+@pytest.mark.parametrize("through", ["itself", "view"])
+def test_a_source_changed_while_it_is_copied_is_refused(simulated, through):
+    tensor = torch.ones(3, 5)
+    kept = transfers.keep_for_backward(tensor, on_host=True)
+    (tensor if through == "itself" else tensor[1:]).add_(1.0)
+    if not SideStream.late:  # the copy was over: what was kept is what was handed over
+        assert torch.equal(kept.get(), torch.ones(3, 5))
+        return
+    for _ in range(2 * transfers.Transfers.max_pending):  # also once the source is let go
+        with pytest.raises(RuntimeError, match=r"A tensor of shape \[3, 5\] that a streamed layer needs.*changed in place"):
+            kept.get()
+        kept.evict()
+        transfers.keep_for_backward(torch.ones(1), on_host=True)
+
+
+def test_a_source_may_change_behind_its_copy(simulated):
+    tensor, strided = torch.ones(3, 5), torch.ones(5, 3).t()
+    kept = [transfers.keep_for_backward(t, on_host=True) for t in (tensor, strided)]
+    strided.add_(1.0)  # what is copied is a contiguous copy
+    for _ in range(transfers.Transfers.max_pending):
+        transfers.keep_for_backward(torch.ones(1), on_host=True)
+    tensor.add_(1.0)  # compute has waited for the copy
+    assert all(torch.equal(k.get(), torch.ones(3, 5)) for k in kept)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_inference_tensors_are_kept(simulated, on_host):
+    with torch.inference_mode():
+        tensor = torch.ones(3, 5)
+    assert torch.equal(transfers.keep_for_backward(tensor, on_host=on_host).get(), torch.ones(3, 5))
+
+
+def test_an_input_changed_in_place_while_it_is_copied(simulated):
+    if not SideStream.late:
+        pytest.skip("every copy is over at once")
+    model = make_streamed(tiny_llama(), CHUNK, offload="host")
+    model.model.layers[1].register_forward_hook(lambda module, args, output: (args[0].add_(1.0), None)[1])
+    loss = model(**make_batch(1, 17)).loss  # so short that the copies of the input still wait
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
 def test_streaming_k_and_v_needs_the_host():
     with pytest.raises(ValueError, match=r'FPDTConfig\(kv="streamed", offload=\'auto\'\): .* Set offload="host"'):
         FPDTConfig(kv="streamed")
