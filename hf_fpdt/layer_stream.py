@@ -19,7 +19,8 @@ activation checkpoint. On the device it holds x, y, K, V (backward: grad_y, grad
 intermediates of one chunk, O(chunk).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,16 @@ _active_chunk: ContextVar["_Chunk | None"] = ContextVar("fpdt_active_chunk", def
 def active_chunk() -> "_Chunk | None":
     """The chunk that is running through a layer at present; its `attend` is the attention of that chunk."""
     return _active_chunk.get()
+
+
+@contextmanager
+def outside_of_chunks() -> Iterator[None]:
+    """What is called inside sees no chunk, until a layer of its own runs one."""
+    token = _active_chunk.set(None)
+    try:
+        yield
+    finally:
+        _active_chunk.reset(token)
 
 
 @dataclass(frozen=True)

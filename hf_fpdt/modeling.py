@@ -23,7 +23,7 @@ from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
 from .layer_stream import LayerCall, stream_layer
 from .model_loss import chunked_loss, remove_chunked_loss
-from .streamed_pass import active_pass, streamed_pass
+from .streamed_pass import active_pass, running_pass, streamed_pass
 from .token_stream import stream_tokens
 
 logger = logging.get_logger(__name__)
@@ -115,13 +115,15 @@ def attach(model: PreTrainedModel) -> None:
 
 def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
     forward = inner_forward(model)
-    if model.config._attn_implementation != NAME:
-        return forward(*args, **kwargs)
+    switched_off = model.config._attn_implementation != NAME
     if torch.compiler.is_compiling():
-        _refuse_compilation(type(model).__name__)
-    arguments = named_arguments(model, args, kwargs)
-    if not _streams(model, arguments):
+        if not switched_off:
+            _refuse_compilation(type(model).__name__)
         return forward(*args, **kwargs)
+    arguments = {} if switched_off else named_arguments(model, args, kwargs)
+    if switched_off or not _streams(model, arguments):
+        with running_pass(None):
+            return forward(*args, **kwargs)
     arguments["use_cache"] = False
     layers = _decoder_layers(model)
     if not layers:  # a model around the one that has the layers

@@ -10,7 +10,7 @@ import torch
 
 from .chunking import chunk_spans, resolve_chunk_size
 from .config import FPDTConfig
-from .layer_stream import SavedLayer
+from .layer_stream import SavedLayer, outside_of_chunks
 from .transfers import transfers_for
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,19 @@ def streamed_pass(config: FPDTConfig, batch_size: int, seq_len: int, device: tor
         where = "host memory" if offload else "device memory"
         shape = (batch_size, seq_len, len(running.spans), size, where)
         logger.info("hf_fpdt: %d x %d tokens in %d chunks of %d, kept for the backward in %s", *shape)
-    token = _active_pass.set(running)
-    try:
+    with running_pass(running):
         yield running
+
+
+@contextmanager
+def running_pass(one: StreamedPass | None) -> Iterator[None]:
+    """
+    What is called inside follows this pass, or none, whatever pass or chunk it is called from: a hook on a layer may run
+    another model, or the same one unstreamed.
+    """
+    token = _active_pass.set(one)
+    try:
+        with outside_of_chunks():
+            yield
     finally:
         _active_pass.reset(token)

@@ -602,6 +602,34 @@ def test_a_model_called_inside_of_another(streamed, plain, batch):
     assert torch.equal(seen[0], inner(**batch).loss)
 
 
+@pytest.mark.parametrize("how", ["with a cache", "generate", "switched to sdpa", "streamed"])
+@pytest.mark.parametrize("hooked", ["layers.0", "layers.0.mlp", "norm"])
+def test_an_unstreamed_call_inside_of_a_streamed_one(streamed, plain, batch, how, hooked):
+    """The pass of the one is not that of the other, be it between its layers or inside of a chunk."""
+    inner, inner_plain, seen = make_streamed(tiny_neox(), CHUNK, train=False), make_model(tiny_neox(), train=False), []
+    inner(**batch)  # its layers are wired
+    ids = batch["input_ids"]
+
+    @torch.no_grad()
+    def run(model):
+        if how == "generate":
+            return model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        return model(ids, use_cache=how != "streamed").logits
+
+    want = run(inner_plain)
+    if how == "switched to sdpa":
+        inner.set_attn_implementation("sdpa")
+    streamed.model.get_submodule(hooked).register_forward_hook(lambda module, args, output: seen.append(run(inner)))
+    loss, grads = loss_and_gradients(streamed, batch)
+    want_loss, want_grads = loss_and_gradients(plain, batch)
+    assert difference(loss, want_loss) <= 2e-6
+    assert_gradients_close(grads, want_grads)
+    assert seen
+    for got in seen:
+        assert got.shape == want.shape
+        assert difference(got, want) <= TOLERANCE[torch.float32]
+
+
 def test_autograd_grad_and_selected_inputs(streamed, plain, batch):
     results = []
     for model in (plain, streamed):
