@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .gradient_sum import GradientSum
@@ -34,6 +34,7 @@ from .kernel_choice import choose_kernel
 from .key_value_store import ResidentStore, StreamedStore
 from .run_state import AutocastState, RandomState, no_autocast, preserved_random_state
 from .transfers import keep_for_backward
+from .unchanged import UnchangedModule
 
 _active_chunk: ContextVar["_Chunk | None"] = ContextVar("fpdt_active_chunk", default=None)
 
@@ -59,6 +60,7 @@ class LayerCall:
 
     Args:
         name: what error messages call the layer.
+        module: the layer.
         forward: the layer's own forward; `forward(x_chunk, **arguments)` returns the output, or a tuple that starts with it.
         arguments: for a span `(start, stop)`, the keyword arguments of that chunk.
         spans: `(start, stop)` of every chunk, in order.
@@ -69,6 +71,7 @@ class LayerCall:
     """
 
     name: str
+    module: nn.Module
     forward: Callable[..., Any]
     arguments: Callable[[tuple[int, int]], dict[str, Any]]
     spans: Sequence[tuple[int, int]]
@@ -108,6 +111,7 @@ class SavedLayer:
     def __init__(self, call: LayerCall, x: Tensor, previous: "SavedLayer | None"):
         self.call = call
         self.previous = previous
+        self.unchanged = UnchangedModule(call.module, call.name)
         self.autocast = AutocastState(x.device.type)
         self.random: list[RandomState] = []
         self.inputs: list = []
@@ -147,7 +151,7 @@ class _StreamedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, saved, x, *weights):
-        ctx.saved, ctx.weights, ctx.versions = saved, weights, [weight._version for weight in weights]
+        ctx.saved, ctx.weights = saved, weights
         with saved.autocast.context():
             return _forward_chunks(saved.call, x, saved)
 
@@ -160,11 +164,7 @@ class _StreamedLayer(torch.autograd.Function):
                 f"{saved.call.name}: backward through a streamed layer a second time. What it saved was released by the "
                 "first backward; retain_graph=True is not supported with attn_implementation='fpdt'."
             )
-        if [weight._version for weight in ctx.weights] != ctx.versions:
-            raise RuntimeError(
-                f"{saved.call.name}: a weight was changed in place between the forward and the backward, which runs the layer "
-                "again. Call backward() before optimizer.step() or any other update."
-            )
+        saved.unchanged.check()
         saved.spent = True
         with preserved_random_state(grad_y.device), no_autocast(grad_y.device.type):
             grad_x, grad_weights = _backward_chunks(saved, ctx.weights, grad_y, ctx.needs_input_grad[1])

@@ -197,6 +197,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
 
     call = LayerCall(
         name=f"{type(layer).__name__} {_layer_index(layer)}",
+        module=layer,
         forward=forward,
         arguments=partial(_arguments_of_chunk, arguments, running.seq_len),
         spans=running.spans,
@@ -214,8 +215,7 @@ def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):
     running, forward = active_pass(), inner_forward(norm)
     if running is None or kwargs or len(args) != 1 or args[0].ndim != 3 or args[0].shape[1] != running.seq_len:
         return forward(*args, **kwargs)
-    weights = [weight for weight in norm.parameters() if weight.requires_grad]
-    return stream_tokens(forward, args[0], weights, running.spans)
+    return stream_tokens(norm, forward, args[0], running.spans)
 
 
 def _arguments_of_chunk(arguments: dict[str, Any], seq_len: int, span: tuple[int, int]) -> dict[str, Any]:

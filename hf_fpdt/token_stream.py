@@ -7,26 +7,29 @@ intermediates. Exact by construction.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .gradient_sum import GradientSum
 from .run_state import AutocastState
+from .unchanged import UnchangedModule
 
 
 def stream_tokens(
-    forward: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], spans: Sequence[tuple[int, int]]
+    module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, spans: Sequence[tuple[int, int]]
 ) -> Tensor:
     """
     `forward(x)` for a token-wise, deterministic `forward` on `x [batch, seq_len, hidden]`.
 
     Args:
-        weights: the trainable parameters that `forward` uses.
+        module: what has the parameters that `forward` uses.
         spans: `(start, stop)` of every chunk of the sequence, in order.
     """
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
     if not (torch.is_grad_enabled() and (x.requires_grad or weights)):
         return _forward(forward, x, spans)
-    return _StreamedTokens.apply(forward, spans, AutocastState(x.device.type), x, *weights)
+    unchanged = UnchangedModule(module, type(module).__name__)
+    return _StreamedTokens.apply((forward, spans, AutocastState(x.device.type), unchanged), x, *weights)
 
 
 def _forward(forward, x: Tensor, spans) -> Tensor:
@@ -40,8 +43,9 @@ def _forward(forward, x: Tensor, spans) -> Tensor:
 
 class _StreamedTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, spans, autocast, x, *weights):
-        ctx.call, ctx.weights = (forward, spans, autocast), weights
+    def forward(ctx, call, x, *weights):
+        ctx.call, ctx.weights = call, weights
+        forward, spans, autocast, _ = call
         ctx.save_for_backward(x)
         with autocast.context():
             return _forward(forward, x, spans)
@@ -50,8 +54,9 @@ class _StreamedTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
-        forward, spans, autocast = ctx.call
-        needs_grad_x = ctx.needs_input_grad[3]
+        forward, spans, autocast, unchanged = ctx.call
+        unchanged.check()
+        needs_grad_x = ctx.needs_input_grad[1]
         grad_x = torch.empty_like(x) if needs_grad_x else None
         sums = GradientSum(len(spans))
         for start, stop in spans:
@@ -63,4 +68,4 @@ class _StreamedTokens(torch.autograd.Function):
             if needs_grad_x:
                 grad_x[:, start:stop] = grads[0]
             sums.add(grads[needs_grad_x:])
-        return None, None, None, grad_x, *sums.result()
+        return None, grad_x, *sums.result()

@@ -539,7 +539,24 @@ def test_weight_changed_before_the_backward(streamed, batch):
     loss = streamed(**batch).loss
     with torch.no_grad():
         streamed.model.layers[1].mlp.up_proj.weight += 1.0
-    with pytest.raises(RuntimeError, match=r"LlamaDecoderLayer 1: a weight was changed in place.*before optimizer.step"):
+    with pytest.raises(
+        RuntimeError, match=r"LlamaDecoderLayer 1: a weight .* in place \(mlp.up_proj.weight\).*before optimizer.step"
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("layers.1.mlp.up_proj", r"LlamaDecoderLayer 1: .*\(mlp.up_proj.weight\)"), ("norm", r"LlamaRMSNorm: .*\(weight\)")],
+)
+def test_any_weight_changed_before_the_backward(streamed, batch, name, where, frozen):
+    """A frozen weight is as much of the second run as a trainable one; so is the final norm's."""
+    weight = streamed.model.get_submodule(name).weight.requires_grad_(not frozen)
+    loss = streamed(**batch).loss
+    with torch.no_grad():
+        weight.view(-1)[:3] *= 2.0
+    with pytest.raises(RuntimeError, match=where):
         loss.backward()
 
 
