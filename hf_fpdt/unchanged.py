@@ -24,6 +24,7 @@ class UnchangedModule:
         self._module, self._name = module, name
         self._weights = tuple(module.parameters())
         self._versions = tuple(map(version_of, self._weights))
+        self._switches = _switches(module)
 
     def check(self) -> None:
         """
@@ -38,3 +39,25 @@ class UnchangedModule:
                 f"{self._name}: a weight was changed in place ({', '.join(names)}) between the forward and the backward, which "
                 "runs the layer again. Call backward() before optimizer.step() or any other update."
             )
+        switches = _switches(self._module)
+        if switches != self._switches:
+            what = _first_switched(self._module, self._switches, switches)
+            raise RuntimeError(
+                f"{self._name}: {what} between the forward and the backward, which runs the layer again. "
+                "Call backward() before train(), eval() or set_attn_implementation()."
+            )
+
+
+def _switches(module: nn.Module) -> tuple[tuple[bool, str | None], ...]:
+    """Of every module inside: `training`, and the attention implementation that transformers' modules read at every call."""
+    return tuple((m.training, getattr(m.__dict__.get("config"), "_attn_implementation", None)) for m in module.modules())
+
+
+def _first_switched(module: nn.Module, before: tuple, after: tuple) -> str:
+    if len(before) != len(after):
+        return "modules were added or removed"
+    names = [name or "the module" for name, _ in module.named_modules()]
+    name, then, now = next(change for change in zip(names, before, after, strict=True) if change[1] != change[2])
+    if then[0] != now[0]:
+        return f"{name} was switched from training={then[0]} to training={now[0]}"
+    return f"{name} was switched from attn_implementation={then[1]!r} to {now[1]!r}"

@@ -560,6 +560,36 @@ def test_any_weight_changed_before_the_backward(streamed, batch, name, where, fr
         loss.backward()
 
 
+@pytest.mark.parametrize("part", ["", "model.layers.1", "model.layers.1.mlp", "model.norm"])
+def test_training_flag_changed_before_the_backward(streamed, batch, part):
+    """With dropout, the second run would be of another function."""
+    loss = streamed(**batch).loss
+    streamed.get_submodule(part).eval()
+    with pytest.raises(RuntimeError, match=r"switched from training=True to training=False.*Call backward\(\) before train"):
+        loss.backward()
+
+
+def test_training_flag_changed_and_changed_back(streamed, plain, batch):
+    want, want_grads = loss_and_gradients(plain, batch)
+    loss = streamed(**batch).loss
+    streamed.eval()
+    streamed.generate(batch["input_ids"][:, :5], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    streamed.train()
+    loss.backward()
+    assert difference(loss, want) <= 2e-6
+    assert_gradients_close(gradients(streamed), want_grads)
+
+
+@pytest.mark.parametrize("switch", [lambda model: model.set_attn_implementation("sdpa"), restore], ids=["set", "restore"])
+def test_attention_switched_before_the_backward(streamed, batch, switch):
+    loss = streamed(**batch).loss
+    switch(streamed)
+    with pytest.raises(
+        RuntimeError, match=r"LlamaDecoderLayer 1: self_attn was switched from attn_implementation='fpdt' to 'sdpa'"
+    ):
+        loss.backward()
+
+
 def test_no_grad(streamed, plain, batch):
     with torch.no_grad():
         loss = streamed(**batch).loss
