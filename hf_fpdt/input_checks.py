@@ -17,7 +17,7 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
         tokens: its `input_ids` or `inputs_embeds`, `[batch, seq_len, ...]`.
 
     Raises:
-        ValueError: for padding, packed documents, attention outputs, `nn.DataParallel`.
+        ValueError: for inputs without tokens, padding, packed documents, attention outputs, `nn.DataParallel`.
     """
     name = type(model).__name__
     weight = next(model.parameters(), None)
@@ -32,8 +32,11 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
             f'{name}: output_attentions=True needs the full attention matrix; attn_implementation="fpdt" never has it. '
             'Set output_attentions=False, or use attn_implementation="eager".'
         )
-    if tokens.shape[1] == 0:
-        raise ValueError(f"{name}: input of shape {list(tokens.shape)} has no tokens; it needs at least one a row.")
+    if 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"{name}: input of shape {list(tokens.shape)} has no tokens; it needs at least one row, and one token a row. Leave "
+            "empty batches out."
+        )
     _check_mask(name, arguments.get("attention_mask"), tokens)
     _check_positions(name, arguments.get("position_ids"))
     for packing in _PACKING:

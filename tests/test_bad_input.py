@@ -123,6 +123,10 @@ def test_several_positions_a_token(streamed):
 def test_no_tokens(streamed):
     with pytest.raises(ValueError, match=r"input of shape \[2, 0\] has no tokens"):
         streamed(input_ids=torch.zeros(2, 0, dtype=torch.long))
+    ids = torch.zeros(0, 5, dtype=torch.long)
+    for batch in ({"input_ids": ids}, {"input_ids": ids, "labels": ids}, {"inputs_embeds": torch.zeros(0, 5, 32)}):
+        with pytest.raises(ValueError, match=r"LlamaModel: input of shape \[0, 5.*\] has no tokens; it needs at least one row"):
+            streamed(**batch)
 
 
 def test_weights_of_two_dtypes():
