@@ -23,6 +23,7 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
 
     Raises:
         ValueError: if the named kernel cannot run such tensors here, or computes them wrongly.
+        torch.OutOfMemoryError: if there was no memory to try one; the next call tries again.
     """
     candidates = KERNELS.values() if name == "auto" else (KERNELS[name],)
     reasons = []
@@ -55,6 +56,8 @@ def _probe(kernel: AttentionKernel, device, dtype, head_dim, value_dim) -> str |
     try:
         with no_autocast(device.type), torch.no_grad():
             results = [_run(k, grad_out, query, key, value) for k in (kernel, KERNELS["naive"])]
+    except torch.OutOfMemoryError:  # says nothing about the kernel, and what is said here is remembered
+        raise
     except Exception as error:  # a kernel may fail in any way on a machine it was not built for
         return f"failed its probe with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for label, got, want in zip(("out", "grad_query", "grad_key", "grad_value"), *results, strict=True):

@@ -153,6 +153,22 @@ def test_a_kernel_that_raises(monkeypatch, caplog, kernel, text):
         choose("torch_flash")
 
 
+def test_running_out_of_memory_says_nothing_about_a_kernel(monkeypatch):
+    """The choice is remembered: a GPU that was full at the first call may not slow down all later ones."""
+    fake = _Fake()
+    monkeypatch.setitem(KERNELS, "torch_flash", fake)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "backward", full)
+        for name in ("auto", "torch_flash"):
+            with pytest.raises(torch.OutOfMemoryError):
+                choose(name)
+    assert choose("auto") is choose("torch_flash") is fake
+
+
 def test_the_error_names_what_is_usable():
     with pytest.raises(
         ValueError, match=r"cudnn runs on CUDA devices only.*Usable here: torch_cpu, naive; kernel=\"auto\" takes"
