@@ -12,6 +12,7 @@ import time
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -160,8 +161,19 @@ class HostPiece:
 
 
 def _cuda_lock(slab: Tensor) -> None:
-    result = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0)
-    torch.cuda.check_error(int(result))
+    result = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
+    if result != 0:
+        _clear_last_cuda_error()
+    torch.cuda.check_error(result)
+
+
+def _clear_last_cuda_error() -> None:
+    """
+    The runtime keeps the error of a failed call for whoever asks next: torch, after its next launch, whatever that is of. So
+    this launches something and takes the error.
+    """
+    with suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 def _cuda_unlock(slab: Tensor) -> None:

@@ -143,6 +143,35 @@ def test_error_when_the_system_refuses(registered, error):
     assert arena.take(1 << 20).size == 1 << 20
 
 
+def test_a_failed_lock_leaves_no_error_behind(monkeypatch):
+    """CUDA's runtime keeps the last error of a thread until it is asked for it, which torch does after every launch."""
+    state = SimpleNamespace(last=0, returns=2)
+
+    def register(pointer, size, flags):
+        state.last = state.returns or state.last
+        return state.returns
+
+    def launch(*args, device):
+        assert device == "cuda"
+        error, state.last = state.last, 0
+        if error:
+            raise RuntimeError(f"CUDA error {error}, reported by an unrelated launch")
+
+    def check_error(result):
+        if result != 0:
+            raise RuntimeError(f"out of memory ({result})")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
+    monkeypatch.setattr(torch, "ones", launch)
+    arena = HostArena(slab_bytes=SLAB, unlock=lambda slab: None)
+    with pytest.raises(HostMemoryError, match=r"The system refused: out of memory \(2\)"):
+        arena.take(1)
+    launch(device="cuda")
+    state.returns = 0
+    assert arena.take(1).size == PAGE
+
+
 def test_error_names_the_bytes():
     def refuse(slab):
         raise RuntimeError("no")

@@ -142,6 +142,15 @@ def test_layers_never_synchronize_the_host(monkeypatch):
     assert calls == []
 
 
+def test_a_failed_lock_leaves_no_error_behind(fresh_transfers):
+    slab = torch.zeros(1 << 20, dtype=torch.uint8)
+    host_arena._cuda_lock(slab)
+    with pytest.raises(RuntimeError, match="already"):  # locked twice
+        host_arena._cuda_lock(slab)
+    assert torch.ones(3, device="cuda").sum() == 3
+    host_arena._cuda_unlock(slab)
+
+
 def test_host_memory_is_used_again_and_given_back(fresh_transfers):
     model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=128, offload="host"))
     arena = transfers.transfers_for(torch.device("cuda", 0)).arena
