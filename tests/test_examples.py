@@ -82,6 +82,28 @@ def test_saved_model_is_a_checkpoint_to_start_from(directory, llama):
     assert max(after["losses"]) < before["losses"][0]
 
 
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([5.0, 6.0], None),  # two batches, one harder than the other
+        ([5.0, 4.9, 5.1, 4.8, 4.7, 4.9, 4.6, 4.5], None),
+        ([4.0, 4.2, 4.1, 4.0, 4.1, 4.1, 4.2, 4.3], "did not fall: 4.1000 at the start, 4.2500 at the end"),
+        ([4.0, math.nan], "not finite at step 2"),
+    ],
+)
+def test_the_check_of_the_losses(monkeypatch, losses, message):
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    from training_record import Run, check_learned
+
+    run = Run("fpdt")
+    run.steps, run.losses = list(range(1, len(losses) + 1)), losses
+    if message is None:
+        check_learned(run)
+    else:
+        with pytest.raises(SystemExit, match=message):
+            check_learned(run)
+
+
 def test_sequences_longer_than_every_document_are_refused(directory):
     result = finetune(directory, "refused", "--seq_len", "1000000")
     assert result.returncode != 0
