@@ -97,8 +97,13 @@ class HostWrite:
     """The copy of a tensor to the host, which ends with the event `done`. Refers to the tensor until `drop`."""
 
     def __init__(self, tensor: Tensor, done: torch.cuda.Event):
-        self.done, self.device = done, tensor.device
+        self.done = done
         self._tensor, self._version, self._spoilt = tensor, version_of(tensor), False
+
+    @property
+    def device(self) -> torch.device:
+        """Of the event."""
+        return self.done.device
 
     def query(self) -> bool:
         """Whether the copy is over."""
