@@ -20,8 +20,9 @@ PACKAGE = Path(hf_fpdt.__file__).parent
 LAYERS = {
     "version": 0, "config": 0, "chunking": 0, "online_softmax": 0, "gradient_sum": 0, "run_state": 0, "host_limits": 0,
     "instance_forward": 0, "input_checks": 0, "attention_kernels": 0, "cross_entropy": 0, "unchanged": 0,
+    "free_list": 0, "nameless_file": 0,
     "host_arena": 1, "deferred_logits": 1, "causal_attention": 1, "token_stream": 1, "chunked_loss": 1,
-    "transfers": 2, "kernel_choice": 2, "model_loss": 2, "key_value_store": 3,
+    "transfers": 2, "kernel_choice": 2, "model_loss": 2, "disk_file": 2, "key_value_store": 3,
     "layer_stream": 4,
     "streamed_pass": 5,
     "attention_interface": 6,
