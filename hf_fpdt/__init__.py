@@ -8,9 +8,11 @@ from .attention_interface import register
 from .config import FPDTConfig
 from .host_arena import HostMemoryError
 from .modeling import apply_fpdt, restore, watch_models
+from .planning import plan
+from .step_plan import DeviceMemoryError
 from .version import __version__
 
-__all__ = ["FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "restore"]
+__all__ = ["DeviceMemoryError", "FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "plan", "restore"]
 
 register()
 watch_models()

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .layer_stream import active_chunk
+from .layer_chunk import active_chunk
 from .streamed_pass import active_pass
 
 NAME = "fpdt"

@@ -54,8 +54,7 @@ def chunked_cross_entropy(
     if labels.numel() != flat.shape[0]:
         raise ValueError(f"labels have {labels.numel()} positions and the hidden states {flat.shape[0]}; they must agree.")
     kept = torch.nonzero(labels != ignore_index).squeeze(-1)
-    limit = AUTO_CHUNK_LOGITS.get(flat.device.type, AUTO_CHUNK_LOGITS["cpu"])
-    chunks = torch.split(kept, max(1, limit // vocab_size)) if kept.numel() else ()
+    chunks = torch.split(kept, _chunk_tokens(vocab_size, flat.device.type)) if kept.numel() else ()
     count = torch.tensor(kept.numel(), device=flat.device)
     if not torch.is_grad_enabled() or not (flat.requires_grad or weights):
         total = flat.new_zeros((), dtype=torch.promote_types(flat.dtype, torch.float32))
@@ -64,6 +63,26 @@ def chunked_cross_entropy(
         return total, count
     call = (head, labels, chunks, AutocastState(flat.device.type))
     return _ChunkedCrossEntropy.apply(call, flat, *weights), count
+
+
+def loss_chunk_bytes(vocab_size: int, tokens: int, hidden_bytes: float, itemsize: int, device_type: str) -> tuple[int, int]:
+    """
+    Args:
+        tokens: positions whose loss counts.
+        hidden_bytes: of the hidden state of one position.
+        itemsize: bytes of one logit.
+
+    Returns:
+        Bytes that one chunk takes beyond the weight gradients, and how many chunks there are.
+    """
+    size = min(_chunk_tokens(vocab_size, device_type), tokens)
+    # Logits and their gradient; without the fused kernel an fp32 copy and the gradient in fp32 first.
+    logits = 2 * itemsize if device_type == "cuda" or itemsize >= 4 else itemsize + 8
+    return round(size * (vocab_size * logits + 2 * hidden_bytes)), -(-tokens // size)
+
+
+def _chunk_tokens(vocab_size: int, device_type: str) -> int:
+    return max(1, AUTO_CHUNK_LOGITS.get(device_type, AUTO_CHUNK_LOGITS["cpu"]) // vocab_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -9,14 +9,17 @@ AUTO_CHUNK_TOKENS = {"cuda": 32768, "cpu": 2048}
 _ALIGNMENT = 128  # tokens; the largest tile height of the attention kernels
 
 
-def resolve_chunk_size(setting: int | str, *, batch_size: int, seq_len: int, device_type: str) -> int:
+def resolve_chunk_size(
+    setting: int | str, *, batch_size: int, seq_len: int, device_type: str, tokens: int | None = None
+) -> int:
     """
     Tokens of one sequence in one chunk. `"auto"` divides the sequence into equal chunks, a multiple of 128 tokens each,
-    such that a chunk of the whole batch has at most about `AUTO_CHUNK_TOKENS` tokens.
+    such that a chunk of the whole batch has at most about `tokens` tokens, `AUTO_CHUNK_TOKENS` if not given.
     """
     if setting != "auto":
         return min(setting, seq_len)
-    target = max(AUTO_CHUNK_TOKENS.get(device_type, AUTO_CHUNK_TOKENS["cpu"]) // batch_size, _ALIGNMENT)
+    tokens = AUTO_CHUNK_TOKENS.get(device_type, AUTO_CHUNK_TOKENS["cpu"]) if tokens is None else tokens
+    target = max(tokens // batch_size, _ALIGNMENT)
     num_chunks = -(-seq_len // target)
     size = -(-seq_len // num_chunks)
     return min(-(-size // _ALIGNMENT) * _ALIGNMENT, seq_len)

@@ -17,11 +17,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from .host_limits import available_host_bytes
+from .host_limits import RESERVE_BYTES, available_host_bytes
 
 _PIECE_ALIGNMENT = 4096  # bytes
 _SLAB_BYTES = 512 << 20
-_RESERVE_BYTES = 2 << 30  # left to the rest of the machine
 _PATIENCE_S = 10.0  # a virtual machine may be given more memory while it is waited for
 _KNOBS = (
     'Use FPDTConfig(save_attention=False), which keeps less, FPDTConfig(offload="none"), shorter sequences, or raise '
@@ -46,7 +45,6 @@ class HostArena:
     def __init__(self, slab_bytes: int = _SLAB_BYTES, lock=None, unlock=None):
         self._slab_bytes = slab_bytes
         self._lock, self._unlock = lock or _cuda_lock, unlock or _cuda_unlock
-        self.limit_bytes: int | None = None  # most that may be locked; None: what the machine can give, less a reserve
         self._slabs: list[Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # per slab: sorted (offset, bytes), no two adjacent
         self._returned: deque[HostPiece] = deque()  # not yet in the lists
@@ -62,9 +60,12 @@ class HostArena:
         self._join_returned()
         return self.locked_bytes - sum(size for spans in self._free for _, size in spans)
 
-    def take(self, num_bytes: int) -> "HostPiece":
+    def take(self, num_bytes: int, limit_bytes: int | None = None) -> "HostPiece":
         """
         A piece of at least `num_bytes` bytes, aligned to a page.
+
+        Args:
+            limit_bytes: most that may be locked in all; None: what the machine can give, less a reserve.
 
         Raises:
             HostMemoryError: if that is more than the limit or than the machine can give, or if it cannot be locked; with the
@@ -74,7 +75,7 @@ class HostArena:
         self._join_returned()
         fits = [(span[1], index, span) for index, spans in enumerate(self._free) for span in spans if span[1] >= size]
         if not fits:
-            self._grow(size)
+            self._grow(size, limit_bytes)
             return self.take(num_bytes)
         _, index, (offset, available) = min(fits)
         self._free[index].remove((offset, available))
@@ -104,8 +105,8 @@ class HostArena:
             start = spans.pop(at - 1)[0]
         insort(spans, (start, stop - start))
 
-    def _grow(self, size: int) -> None:
-        size = self._size_of_next_slab(size)
+    def _grow(self, size: int, limit_bytes: int | None) -> None:
+        size = self._size_of_next_slab(size, limit_bytes)
         try:
             slab = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
             self._lock(slab)
@@ -115,26 +116,26 @@ class HostArena:
         self._slabs.append(slab)
         self._free.append([(0, size)])
 
-    def _size_of_next_slab(self, needed: int) -> int:
+    def _size_of_next_slab(self, needed: int, limit_bytes: int | None) -> int:
         """A whole slab if there is room for it, else just what is needed; refused before anything is touched."""
         wanted = max(needed, self._slab_bytes)
-        if self.limit_bytes is not None:
-            left = self.limit_bytes - self.locked_bytes
+        if limit_bytes is not None:
+            left = limit_bytes - self.locked_bytes
             if left < needed:
                 raise HostMemoryError(
-                    f"{self._shortage(needed)} The limit is {self.limit_bytes / 2**30:.2f} GiB "
-                    f"(FPDTConfig(host_memory={self.limit_bytes})). {_KNOBS}"
+                    f"{self._shortage(needed)} The limit is {limit_bytes / 2**30:.2f} GiB "
+                    f"(FPDTConfig(host_memory={limit_bytes})). {_KNOBS}"
                 )
             return min(wanted, left)
         deadline = time.monotonic() + _PATIENCE_S
-        while (available := available_host_bytes()) is not None and available - _RESERVE_BYTES < needed:
+        while (available := available_host_bytes()) is not None and available - RESERVE_BYTES < needed:
             if time.monotonic() > deadline:
                 raise HostMemoryError(
                     f"{self._shortage(needed)} The machine, or the control group this process runs in, has "
-                    f"{available / 2**30:.2f} GiB available, of which {_RESERVE_BYTES / 2**30:.0f} GiB are left alone. {_KNOBS}"
+                    f"{available / 2**30:.2f} GiB available, of which {RESERVE_BYTES / 2**30:.0f} GiB are left alone. {_KNOBS}"
                 )
             time.sleep(0.2)
-        return wanted if available is None or available - _RESERVE_BYTES >= wanted else needed
+        return wanted if available is None or available - RESERVE_BYTES >= wanted else needed
 
     def _shortage(self, size: int) -> str:
         return (

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+RESERVE_BYTES = 2 << 30  # left to the rest of the machine
+
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
     """

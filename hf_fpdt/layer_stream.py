@@ -15,77 +15,25 @@ The last chunk goes first in the backward because grad_K_i and grad_V_i have con
 
 The layer is one `autograd.Function` whose inputs are `x` and every trainable weight. Each weight gets exactly one gradient, so
 whatever counts or reduces gradients (DDP, ZeRO, FSDP2, a loss scale applied later) sees an ordinary layer. It is its own
-activation checkpoint. On the device it holds x, y, K, V (backward: grad_y, grad_x, K, V, fp32 grad_K and grad_V) and the
-intermediates of one chunk, O(chunk).
+activation checkpoint. On the device it holds x, y, K, V (backward: grad_y, K, V, fp32 grad_K and grad_V) and the intermediates
+of one chunk, O(chunk).
+
+How much a layer keeps is its placement's choice: from every activation (then nothing runs again) down to nothing at all (then
+the layers from the nearest kept input below run forward again first).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradient_sum import GradientSum
-from .kernel_choice import choose_kernel
-from .key_value_store import ResidentStore, StreamedStore
+from .layer_chunk import BackwardChunk, ForwardChunk, GraphChunk, LayerCall, run_chunk
 from .run_state import AutocastState, RandomState, no_autocast, preserved_random_state
-from .transfers import keep_for_backward
+from .sole_owner import counts_of_unshared, is_sole_owner
 from .unchanged import UnchangedModule
-
-_active_chunk: ContextVar["_Chunk | None"] = ContextVar("fpdt_active_chunk", default=None)
-
-
-def active_chunk() -> "_Chunk | None":
-    """The chunk that is running through a layer at present; its `attend` is the attention of that chunk."""
-    return _active_chunk.get()
-
-
-@contextmanager
-def outside_of_chunks() -> Iterator[None]:
-    """What is called inside sees no chunk, until a layer of its own runs one."""
-    token = _active_chunk.set(None)
-    try:
-        yield
-    finally:
-        _active_chunk.reset(token)
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of one decoder layer.
-
-    Args:
-        name: what error messages call the layer.
-        module: the layer.
-        forward: the layer's own forward; `forward(x_chunk, **arguments)` returns the output, or a tuple that starts with it.
-        arguments: for a span `(start, stop)`, the keyword arguments of that chunk.
-        spans: `(start, stop)` of every chunk, in order.
-        kernel: kernel name as in `FPDTConfig`.
-        save_attention: keep out and lse for the backward.
-        offload: keep what the backward needs in host memory.
-        stream_kv: keep K and V in host memory also while the layer runs, and fetch them in blocks.
-    """
-
-    name: str
-    module: nn.Module
-    forward: Callable[..., Any]
-    arguments: Callable[[tuple[int, int]], dict[str, Any]]
-    spans: Sequence[tuple[int, int]]
-    kernel: str
-    save_attention: bool
-    offload: bool
-    stream_kv: bool
-
-    def keep(self, tensor: Tensor):
-        """Puts a tensor where this call keeps what is needed later."""
-        return keep_for_backward(tensor, on_host=self.offload)
-
-    def new_store(self) -> ResidentStore | StreamedStore:
-        return (StreamedStore if self.stream_kv else ResidentStore)(self.spans, self.keep)
 
 
 def stream_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor], previous: "SavedLayer | None"):
@@ -100,9 +48,15 @@ def stream_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor], previous
         The output, and what was saved for the backward (None without gradients).
     """
     if not (torch.is_grad_enabled() and (x.requires_grad or weights)):
-        return _forward_chunks(call, x, saved=None), None
+        store = call.new_store()
+        y = _forward_chunks(call, x, lambda index, x_chunk: run_chunk(call, x_chunk, ForwardChunk(call, index, store)))
+        store.release()
+        return y, None
+    counts_of_unshared()
     saved = SavedLayer(call, x, previous)
-    return _StreamedLayer.apply(saved, x, *weights), saved
+    y = _StreamedLayer.apply(saved, x, *weights)
+    saved.output = weakref.ref(y)
+    return y, saved
 
 
 class SavedLayer:
@@ -112,30 +66,86 @@ class SavedLayer:
         self.call = call
         self.previous = previous
         self.unchanged = UnchangedModule(call.module, call.name)
+        self.keeps = call.placement.keeps
+        if self.keeps == "nothing" and (previous is None or previous.output() is not x):
+            self.keeps = "input"  # something between the layers made x: it cannot be had again from the layer below
+        self.output: weakref.ref | None = None
         self.autocast = AutocastState(x.device.type)
         self.random: list[RandomState] = []
         self.inputs: list = []
         self.attention: list = []  # per chunk: (out, lse), if saved
+        self.graphs: list[tuple[Tensor, Tensor]] = []  # per chunk: (x, y) with the graph between them, if kept
         self.store = call.new_store()
         self.spent = False
 
-    def begin_chunk(self, x_chunk: Tensor) -> None:
+    def forward_chunk(self, index: int, x_chunk: Tensor) -> Tensor:
+        """The first run of a chunk."""
+        if self.keeps == "all":
+            return self._chunk_with_graph(index, x_chunk)
         self.random.append(RandomState(x_chunk.device))
-        self.inputs.append(self.call.keep(x_chunk))
+        if self.keeps != "nothing":
+            self.inputs.append(self.call.keep_here(x_chunk))
+        keep = self._keep_attention if self.keeps == "attention" else None
+        return run_chunk(self.call, x_chunk, ForwardChunk(self.call, index, self.store, keep))
 
-    def keep_attention(self, out: Tensor, lse: Tensor) -> None:
-        if self.call.save_attention:
-            self.attention.append((self.call.keep(out), self.call.keep(lse)))
+    def _chunk_with_graph(self, index: int, x_chunk: Tensor) -> Tensor:
+        x_chunk = x_chunk.detach().requires_grad_()
+        with torch.enable_grad():
+            y_chunk = run_chunk(self.call, x_chunk, GraphChunk(self.call, index, self.store))
+        self.graphs.append((x_chunk, y_chunk))
+        return y_chunk.detach()
+
+    def _keep_attention(self, out: Tensor, lse: Tensor) -> None:
+        self.attention.append((self.call.keep_here(out), self.call.keep_here(lse)))
+
+    def end_forward(self) -> None:
+        if self.keeps in ("input", "nothing"):
+            self.store.release()
+        else:
+            self.store.end_forward()
+
+    def rebuild(self) -> None:
+        """Runs the layers from the nearest kept input up to this one forward again; all of them then keep their attention."""
+        layers = [self]
+        while layers[-1].keeps == "nothing":
+            layers.append(layers[-1].previous)
+            layers[-1].unchanged.check()
+        x = layers[-1]._whole_input()
+        for layer in reversed(layers):
+            x = layer._run_again(x)
+
+    def _whole_input(self) -> Tensor:
+        """The input in one piece, from the kept chunks, which are given back."""
+        x = None
+        for index, span in enumerate(self.call.spans):
+            x_chunk = self.inputs[index].get()
+            x = x_chunk.new_empty(x_chunk.shape[0], self.call.spans[-1][1], *x_chunk.shape[2:]) if x is None else x
+            x[:, slice(*span)] = x_chunk
+            self.inputs[index].release()
+        return x
+
+    def _run_again(self, x: Tensor) -> Tensor:
+        self.keeps, self.inputs, self.store = "attention", [], self.call.new_store()
+
+        def chunk(index: int, x_chunk: Tensor) -> Tensor:
+            self.random[index].set()
+            self.inputs.append(self.call.keep_here(x_chunk))
+            return run_chunk(self.call, x_chunk, ForwardChunk(self.call, index, self.store, self._keep_attention))
+
+        with torch.no_grad(), self.autocast.context():
+            y = _forward_chunks(self.call, x, chunk)
+        self.end_forward()
+        return y
 
     def chunk_tensors(self, index: int) -> tuple:
-        return (self.inputs[index], *(self.attention[index] if self.attention else ()))
+        inputs = self.inputs[index : index + 1 or None]
+        return (*inputs, *(self.attention[index] if self.attention else ()))
 
     def prefetch_first(self) -> None:
         """Starts the copies that this layer's backward needs first, if it is still to run."""
-        if self.spent:
-            return
-        self.store.prefetch()
-        self.prefetch_chunk(-1)
+        if not self.spent and self.keeps not in ("input", "nothing"):
+            self.store.prefetch()
+            self.prefetch_chunk(-1)
 
     def prefetch_chunk(self, index: int) -> None:
         for kept in self.chunk_tensors(index):
@@ -153,11 +163,14 @@ class _StreamedLayer(torch.autograd.Function):
     def forward(ctx, saved, x, *weights):
         ctx.saved, ctx.weights = saved, weights
         with saved.autocast.context():
-            return _forward_chunks(saved.call, x, saved)
+            y = _forward_chunks(saved.call, x, saved.forward_chunk)
+        saved.end_forward()
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
+        overwrite = is_sole_owner(grad_y)
         saved = ctx.saved
         if saved.spent:
             raise RuntimeError(
@@ -167,29 +180,25 @@ class _StreamedLayer(torch.autograd.Function):
         saved.unchanged.check()
         saved.spent = True
         with preserved_random_state(grad_y.device), no_autocast(grad_y.device.type):
-            grad_x, grad_weights = _backward_chunks(saved, ctx.weights, grad_y, ctx.needs_input_grad[1])
+            if saved.keeps in ("input", "nothing"):
+                saved.rebuild()
+            grad_x, grad_weights = _backward_chunks(saved, ctx.weights, grad_y, ctx.needs_input_grad[1], overwrite)
         ctx.weights = None
         return None, grad_x, *grad_weights
 
 
-def _forward_chunks(call: LayerCall, x: Tensor, saved: SavedLayer | None) -> Tensor:
-    store, y = (call.new_store() if saved is None else saved.store), None
+def _forward_chunks(call: LayerCall, x: Tensor, run) -> Tensor:
+    """`run(index, x_chunk)` for every chunk, and the outputs in one tensor."""
+    y = None
     for index, span in enumerate(call.spans):
-        x_chunk = x[:, slice(*span)]
-        if saved is not None:
-            saved.begin_chunk(x_chunk)
-        y_chunk = _run_chunk(call, x_chunk, _ForwardChunk(call, index, store, saved))
+        y_chunk = run(index, x[:, slice(*span)])
         if y is None:
             y = y_chunk.new_empty(x.shape[0], x.shape[1], *y_chunk.shape[2:])
         y[:, slice(*span)] = y_chunk
-    if saved is None:
-        store.release()
-    else:
-        store.end_forward()
     return y
 
 
-def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tensor, needs_grad_x: bool):
+def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tensor, needs_grad_x: bool, overwrite: bool):
     call, store = saved.call, saved.store
     store.begin_backward()
     sums, grad_x = GradientSum(len(call.spans)), None
@@ -199,114 +208,28 @@ def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tenso
         elif saved.previous is not None:
             saved.previous.prefetch_first()
         span = call.spans[index]
-        x_chunk = saved.inputs[index].get().detach().requires_grad_(needs_grad_x)
-        saved.random[index].set()
-        chunk = _BackwardChunk(call, index, store, saved.attention[index] if saved.attention else None)
-        with torch.enable_grad(), saved.autocast.context():
-            y_chunk = _run_chunk(call, x_chunk, chunk)
+        x_chunk, y_chunk = _chunk_again(saved, index, needs_grad_x)
         inputs = (x_chunk, *weights) if needs_grad_x else weights
         grads = torch.autograd.grad(y_chunk, inputs, grad_y[:, slice(*span)], allow_unused=True)
         if needs_grad_x:
-            grad_x = torch.empty_like(grad_y, dtype=x_chunk.dtype) if grad_x is None else grad_x
+            if grad_x is None:
+                overwrite = overwrite and grad_y.dtype == x_chunk.dtype and grad_y.shape[2:] == x_chunk.shape[2:]
+                grad_x = grad_y if overwrite else torch.empty_like(grad_y, dtype=x_chunk.dtype)
             grad_x[:, slice(*span)] = grads[0]
         sums.add(grads[needs_grad_x:])
-        del x_chunk, y_chunk, grads, chunk
+        del x_chunk, y_chunk, inputs, grads
         saved.release_chunk(index)
     store.release()
     return grad_x, sums.result()
 
 
-def _run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "_Chunk") -> Tensor:
-    token = _active_chunk.set(chunk)
-    try:
-        result = call.forward(x_chunk, **call.arguments(chunk.span))
-    finally:
-        _active_chunk.reset(token)
-    if not chunk.attended:
-        raise ValueError(
-            f"{call.name} did not call attention through transformers' AttentionInterface, so it cannot be streamed. "
-            'Use attn_implementation="sdpa" for this model.'
-        )
-    if torch.is_tensor(result):
-        return result
-    if any(extra is not None for extra in result[1:]):
-        raise ValueError(
-            f"{call.name} returns {len(result)} values; only hidden states can be streamed. Turn off the extra outputs "
-            "(output_attentions, output_router_logits), or use another attn_implementation."
-        )
-    return result[0]
-
-
-class _Chunk:
-    """The chunk running through a layer, as the attention function sees it."""
-
-    def __init__(self, call: LayerCall, index: int, store: ResidentStore | StreamedStore):
-        self.call, self.index, self.span, self.store = call, index, call.spans[index], store
-        self.attended = False
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """`[batch, chunk, heads | kv_heads, dim]` each, after rotary embedding; returns `out`, shaped like `query`."""
-        if self.attended:
-            raise ValueError(
-                f"{self.call.name} calls attention more than once, so it cannot be streamed. "
-                'Use attn_implementation="sdpa" for this model.'
-            )
-        self.attended = True
-        if torch.is_autocast_enabled(query.device.type):  # rotary embedding may have left 16 bits, as for torch's SDPA
-            query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
-        if not query.dtype == key.dtype == value.dtype:
-            raise ValueError(
-                f"{self.call.name}: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they must have one "
-                "dtype. Load the model in one dtype, or run it under autocast (bf16=True)."
-            )
-        kernel = choose_kernel(self.call.kernel, query.device, query.dtype, query.shape[-1], value.shape[-1])
-        with no_autocast(query.device.type):
-            return self._attend(kernel, query.contiguous(), key, value, scale)
-
-    def _attend(self, kernel, query, key, value, scale):
-        raise NotImplementedError
-
-
-class _ForwardChunk(_Chunk):
-    def __init__(self, call, index, store, saved: SavedLayer | None):
-        super().__init__(call, index, store)
-        self._saved = saved
-
-    def _attend(self, kernel, query, key, value, scale):
-        self.store.append(self.index, key, value)
-        out, lse = self.store.attend(kernel, self.index, query, scale)
-        if self._saved is not None:
-            self._saved.keep_attention(out, lse)
-        return out
-
-
-class _BackwardChunk(_Chunk):
-    def __init__(self, call, index, store, kept: tuple | None):
-        super().__init__(call, index, store)
-        self._kept = kept
-
-    def _attend(self, kernel, query, key, value, scale):
-        if self._kept is not None:
-            out, lse = (kept.get() for kept in self._kept)
-        else:
-            with torch.no_grad():
-                out, lse = self.store.attend(kernel, self.index, query, scale)
-        return _SavedAttention.apply(query, key, value, out, lse, (self.store, kernel, self.index, scale))
-
-
-class _SavedAttention(torch.autograd.Function):
-    """Attention whose result is known: returns it, and has the gradient of having computed it."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, out, lse, how):
-        ctx.save_for_backward(query, out, lse)
-        ctx.how = how
-        return out.view_as(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        query, out, lse = ctx.saved_tensors
-        store, kernel, index, scale = ctx.how
-        grads = store.attend_backward(kernel, index, grad_out.contiguous(), query, out, lse, scale)
-        return *grads, None, None, None
+def _chunk_again(saved: SavedLayer, index: int, needs_grad_x: bool) -> tuple[Tensor, Tensor]:
+    """x and y of a chunk with the graph between them: the one that was kept, or from a second run."""
+    if saved.graphs:
+        return saved.graphs.pop()
+    call = saved.call
+    x_chunk = saved.inputs[index].get().detach().requires_grad_(needs_grad_x)
+    saved.random[index].set()
+    chunk = BackwardChunk(call, index, saved.store, saved.attention[index] if saved.attention else None)
+    with torch.enable_grad(), saved.autocast.context():
+        return x_chunk, run_chunk(call, x_chunk, chunk)

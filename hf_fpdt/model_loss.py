@@ -43,6 +43,11 @@ def chunked_loss(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[
         _deferring_head.reset(token)
 
 
+def deferring_head() -> nn.Module | None:
+    """The output layer whose loss is being computed in chunks, inside `chunked_loss`."""
+    return _deferring_head.get()
+
+
 def remove_chunked_loss(model: PreTrainedModel) -> None:
     """Gives the model its own loss function and head back."""
     if model.__dict__.get("_loss_function") is causal_lm_loss:

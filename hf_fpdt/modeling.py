@@ -6,8 +6,7 @@ checks the inputs, opens a `StreamedPass`, and the decoder layers of the model (
 The wrapper reads the attention implementation at every call, so switching a model to "sdpa" and back just works.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -21,10 +20,11 @@ from .attention_interface import NAME, uses_attention_interface
 from .config import FPDTConfig
 from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
-from .layer_stream import LayerCall, stream_layer
-from .model_loss import chunked_loss, remove_chunked_loss
-from .streamed_pass import active_pass, running_pass, streamed_pass
-from .token_stream import stream_tokens
+from .layer_wiring import causal_attention, wire, without_checkpointing
+from .model_loss import chunked_loss, deferring_head, remove_chunked_loss
+from .model_plan import forget_plans, plan_of_call
+from .places import Places
+from .streamed_pass import MeasuringPass, StreamedPass, running
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +48,7 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
     Raises:
         ValueError: for a model that cannot be streamed, by class, and for a group of several processes.
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     config = FPDTConfig() if config is None else config
     if not isinstance(config, FPDTConfig):
         raise ValueError(f"apply_fpdt(config=...) got {type(config).__name__}; an FPDTConfig is needed.")
@@ -58,7 +58,7 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
             "sequence. Pass sp_group=None and use data parallelism."
         )
     _check_class(type(base))
-    if not any(_decoder_layers(owner) for owner in _models_in(base)):
+    if not streamed_models(base):
         raise ValueError(_no_layers(base))
     previous = base.config._attn_implementation
     if previous != NAME:
@@ -67,6 +67,7 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
     for owner in _models_in(base):
         attach(owner)
         owner.__dict__[_CONFIG] = config
+        forget_plans(owner)
     return model
 
 
@@ -75,12 +76,13 @@ def restore(model: nn.Module) -> nn.Module:
     Undoes `apply_fpdt` or `attn_implementation="fpdt"`: forwards, loss function and attention implementation are as before
     (for a model that was made with "fpdt": what transformers would have chosen). Returns the same model.
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     if base.config._attn_implementation == NAME:
         previous = base.__dict__.get(_PREVIOUS) or base.get_correct_attn_implementation(None)
         base.set_attn_implementation(previous)
     for owner in _models_in(base):
         remove_chunked_loss(owner)
+        forget_plans(owner)
         for attribute in (_CONFIG, _PREVIOUS):
             owner.__dict__.pop(attribute, None)
     for module in base.modules():
@@ -122,7 +124,7 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
         return forward(*args, **kwargs)
     arguments = {} if switched_off else named_arguments(model, args, kwargs)
     if switched_off or not _streams(model, arguments):
-        with running_pass(None):
+        with running(None):
             return forward(*args, **kwargs)
     arguments["use_cache"] = False
     layers = _decoder_layers(model)
@@ -133,13 +135,31 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
             return forward(**arguments)
     tokens = _input_tokens(model, arguments)
     check_streamable(model, arguments, tokens)
-    _wire(model, layers)
-    config = model.__dict__.get(_CONFIG) or FPDTConfig()
-    with streamed_pass(config, *tokens.shape[:2], tokens.device) as running, _without_checkpointing(layers):
-        output = forward(**arguments)
-    if running.last_saved is not None:
-        running.last_saved.prefetch_first()  # the backward starts with the last layer: its copies run under the loss
+    wire(model, layers)
+    config = config_of(model)
+    with without_checkpointing(layers):
+        run = partial(measure, forward, arguments, tokens.shape[1])
+        plan = plan_of_call(model, layers, deferring_head(), tokens, config, run)
+        streamed = StreamedPass(plan, config.kernel, Places(config).keep)
+        with running(streamed):
+            output = forward(**arguments)
+    if streamed.last_saved is not None:
+        Places.settle(tokens.device)  # before the loss, which takes a lot
+        streamed.last_saved.prefetch_first()  # the backward starts with the last layer: its copies run under the loss
     return output
+
+
+def measure(forward: Callable, arguments: dict[str, Any], seq_len: int, measured: MeasuringPass) -> None:
+    """Runs the model on its first tokens, its layers measured and not run."""
+
+    def first(value: Any) -> Any:
+        if not torch.is_tensor(value) or seq_len not in value.shape[:2]:
+            return value
+        cut = value[:, : measured.seq_len] if value.ndim > 1 and value.shape[1] == seq_len else value[: measured.seq_len]
+        return cut.detach()
+
+    with torch.no_grad():
+        forward(**{name: first(value) for name, value in arguments.items()})
 
 
 @torch.compiler.disable  # the compiler leaves it alone, so that it is this error that arrives
@@ -172,91 +192,19 @@ def _input_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds; it needs one of them.")
 
 
-def _wire(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    for layer in layers:
-        if not is_replaced(layer):
-            replace_forward(layer, _run_layer)
-    for child in model.children():
-        if type(child).__name__.endswith(("RMSNorm", "LayerNorm")) and not is_replaced(child):
-            replace_forward(child, _run_norm)
+def config_of(model: PreTrainedModel) -> FPDTConfig:
+    """The settings that a model streams with."""
+    return model.__dict__.get(_CONFIG) or FPDTConfig()
 
 
-def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    running = active_pass()
-    if running is None:
-        return inner_forward(layer)(*args, **kwargs)
-    arguments = named_arguments(layer, args, kwargs)
-    hidden = arguments.pop("hidden_states")
-    returned: list[int] = []
-
-    def forward(x_chunk, **chunk_arguments):
-        with _without_checkpointing([layer]):
-            result = inner_forward(layer)(x_chunk, **chunk_arguments)
-        returned[:] = [len(result)] if isinstance(result, tuple) else []
-        return result
-
-    call = LayerCall(
-        name=f"{type(layer).__name__} {_layer_index(layer)}",
-        module=layer,
-        forward=forward,
-        arguments=partial(_arguments_of_chunk, arguments, running.seq_len),
-        spans=running.spans,
-        kernel=running.config.kernel,
-        save_attention=running.save_attention,
-        offload=running.offload,
-        stream_kv=running.config.kv == "streamed",
-    )
-    weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    output, running.last_saved = stream_layer(call, hidden, weights, running.last_saved)
-    return (output, *[None] * (returned[0] - 1)) if returned else output
+def streamed_models(base: PreTrainedModel) -> list[tuple[PreTrainedModel, list[nn.Module]]]:
+    """The models inside `base`, itself included, that have decoder layers of their own, with these layers."""
+    found = [(owner, _decoder_layers(owner)) for owner in _models_in(base)]
+    return [(owner, layers) for owner, layers in found if layers]
 
 
-def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    running, forward = active_pass(), inner_forward(norm)
-    if running is None or kwargs or len(args) != 1 or args[0].ndim != 3 or args[0].shape[1] != running.seq_len:
-        return forward(*args, **kwargs)
-    return stream_tokens(norm, forward, args[0], running.spans)
-
-
-def _arguments_of_chunk(arguments: dict[str, Any], seq_len: int, span: tuple[int, int]) -> dict[str, Any]:
-    return {name: _of_chunk(name, value, span, seq_len) for name, value in arguments.items()}
-
-
-def _of_chunk(name: str, value: Any, span: tuple[int, int], seq_len: int) -> Any:
-    """The part of an argument of a layer that belongs to a chunk: tensors with one entry a token are cut on that dimension."""
-    if isinstance(value, tuple | list):
-        return type(value)(_of_chunk(name, item, span, seq_len) for item in value)
-    if not torch.is_tensor(value):
-        return value
-    if value.requires_grad:
-        raise ValueError(
-            f'A decoder layer was called with {name}, a tensor that requires grad; with attn_implementation="fpdt" only the '
-            "hidden states may. Detach it, or use another attn_implementation."
-        )
-    if value.ndim >= 2 and value.shape[1] == seq_len:
-        return value[:, slice(*span)]
-    if value.ndim == 1 and value.shape[0] == seq_len:
-        return value[slice(*span)]
-    return value
-
-
-@contextmanager
-def _without_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
-    """A streamed layer is its own activation checkpoint: transformers' would compute it twice."""
-    flags = [layer.__dict__.get("gradient_checkpointing") for layer in layers]  # None: the class's own, which is False
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer, flag in zip(layers, flags, strict=True):
-            if flag is None:
-                del layer.gradient_checkpointing
-            else:
-                layer.gradient_checkpointing = flag
-
-
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself; ValueError if there is none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers PreTrainedModel, nor a PEFT model around one.")
@@ -285,7 +233,7 @@ def _models_in(model: PreTrainedModel) -> list[PreTrainedModel]:
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The streamable layers that belong to this model and to no model inside it, in order."""
     layers = [module for module in _own_modules(model) if isinstance(module, GradientCheckpointingLayer)]
-    causal = [layer for layer in layers if len(_causal_attention(layer)) == 1]
+    causal = [layer for layer in layers if len(causal_attention(layer)) == 1]
     if causal and len(causal) < len(layers):
         others = sorted({type(layer).__name__ for layer in layers if layer not in causal})
         raise ValueError(
@@ -300,11 +248,3 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
         if not isinstance(child, PreTrainedModel):
             yield child
             yield from _own_modules(child)
-
-
-def _causal_attention(layer: nn.Module) -> list[nn.Module]:
-    return [m for m in layer.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
-
-
-def _layer_index(layer: nn.Module) -> int:
-    return _causal_attention(layer)[0].layer_idx

@@ -30,13 +30,23 @@ def preserved_random_state(device: torch.device):
         before.set()
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts to at present, or None without autocast."""
+    kind = _autocast_type(device_type)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _autocast_type(device_type: str) -> str:
+    return "cpu" if device_type == "meta" else device_type  # autocast does not know the meta device
+
+
 class AutocastState:
     """The autocast setting at the moment of construction."""
 
     def __init__(self, device_type: str):
-        self._device_type = device_type
-        self._enabled = torch.is_autocast_enabled(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type)
+        self._device_type = _autocast_type(device_type)
+        self._enabled = torch.is_autocast_enabled(self._device_type)
+        self._dtype = torch.get_autocast_dtype(self._device_type)
 
     def context(self):
         """
@@ -48,4 +58,4 @@ class AutocastState:
 
 def no_autocast(device_type: str):
     """A context without autocast, for code that has chosen its dtypes."""
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(_autocast_type(device_type), enabled=False)

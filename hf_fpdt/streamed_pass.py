@@ -1,71 +1,82 @@
 """One forward of a model whose layers stream: what its layers, masks and norms need to know of it, and of no other."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from .chunking import chunk_spans, resolve_chunk_size
-from .config import FPDTConfig
-from .layer_stream import SavedLayer, outside_of_chunks
-from .transfers import transfers_for
+from .layer_chunk import LayerCall, outside_of_chunks
+from .layer_footprint import footprint_of_layer
+from .layer_stream import SavedLayer, stream_layer
+from .memory_model import LayerFootprint, LayerPlacement
+from .step_plan import Plan
 
 logger = logging.getLogger(__name__)
 
-_announced: set[FPDTConfig] = set()  # settings whose choices have been logged
-_active_pass: ContextVar["StreamedPass | None"] = ContextVar("fpdt_active_pass", default=None)
+_active_pass: ContextVar["StreamedPass | MeasuringPass | None"] = ContextVar("fpdt_active_pass", default=None)
 
 
-@dataclass
 class StreamedPass:
     """
+    A forward that follows a plan.
+
     Args:
-        config: the settings.
-        seq_len: tokens of one sequence.
-        spans: `(start, stop)` of every chunk.
-        offload: whether what the backward needs goes to host memory.
-        last_saved: what the layer that ran last saved.
+        kernel: as in `FPDTConfig`.
+        keep: `(tensor, place)` to what gives the tensor back in the backward.
     """
 
-    config: FPDTConfig
-    seq_len: int
-    spans: Sequence[tuple[int, int]]
-    offload: bool
-    last_saved: SavedLayer | None = None
+    def __init__(self, plan: Plan, kernel: str, keep: Callable):
+        self.plan, self.kernel, self.keep = plan, kernel, keep
+        self.seq_len, self.spans, self.stream_kv = plan.seq_len, plan.spans, plan.stream_kv
+        self.last_saved: SavedLayer | None = None
+        self._layers_run = 0
 
-    @property
-    def save_attention(self) -> bool:
-        return self.config.save_attention is not False
+    def next_placement(self) -> LayerPlacement:
+        """That of the layer that runs now; a model that calls more layers than it has gives the others that of the last."""
+        placements = self.plan.placements
+        self._layers_run += 1
+        return placements[min(self._layers_run, len(placements)) - 1]
+
+    def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
+        y, self.last_saved = stream_layer(call, x, weights, self.last_saved)
+        return y
 
 
-def active_pass() -> StreamedPass | None:
+class MeasuringPass:
+    """A forward of a few tokens that runs no layer, but takes the footprint of each kind of layer; in order in `layers`."""
+
+    stream_kv = False
+
+    def __init__(self, seq_len: int, kernel: str):
+        self.seq_len, self.kernel, self.spans = seq_len, kernel, [(0, seq_len)]
+        self.layers: list[LayerFootprint] = []
+        self.argument_bytes = 0.0
+        self._known: dict[Hashable, LayerFootprint] = {}
+
+    def keep(self, tensor: Tensor, place: str):
+        raise AssertionError("nothing is kept while a model is measured")
+
+    def next_placement(self) -> LayerPlacement:
+        return LayerPlacement("attention", "device")
+
+    def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
+        if kind not in self._known:
+            self._known[kind] = footprint_of_layer(call, x, weights)
+            self.argument_bytes = max(self.argument_bytes, _bytes_a_token(call.arguments((0, self.seq_len)), x))
+        self.layers.append(self._known[kind])
+        return x
+
+
+def active_pass() -> StreamedPass | MeasuringPass | None:
     """The pass that is running, or None if the model runs unstreamed."""
     return _active_pass.get()
 
 
 @contextmanager
-def streamed_pass(config: FPDTConfig, batch_size: int, seq_len: int, device: torch.device) -> Iterator[StreamedPass]:
-    """Makes the layers called inside stream a `[batch_size, seq_len]` input on `device`."""
-    size = resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device.type)
-    # On a CPU the tensors are in host memory as they are.
-    offload = config.offload == "host" or (config.offload == "auto" and device.type == "cuda")
-    if offload:
-        transfers_for(device).arena.limit_bytes = None if config.host_memory == "auto" else config.host_memory
-    running = StreamedPass(config, seq_len, chunk_spans(seq_len, size), offload)
-    if config not in _announced:
-        _announced.add(config)
-        where = "host memory" if offload else "device memory"
-        shape = (batch_size, seq_len, len(running.spans), size, where)
-        logger.info("hf_fpdt: %d x %d tokens in %d chunks of %d, kept for the backward in %s", *shape)
-    with running_pass(running):
-        yield running
-
-
-@contextmanager
-def running_pass(one: StreamedPass | None) -> Iterator[None]:
+def running(one: StreamedPass | MeasuringPass | None) -> Iterator[None]:
     """
     What is called inside follows this pass, or none, whatever pass or chunk it is called from: a hook on a layer may run
     another model, or the same one unstreamed.
@@ -76,3 +87,10 @@ def running_pass(one: StreamedPass | None) -> Iterator[None]:
             yield
     finally:
         _active_pass.reset(token)
+
+
+def _bytes_a_token(arguments: dict, x: Tensor) -> float:
+    """Of the tensors that a layer is called with, each counted once."""
+    flat = [v for value in arguments.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+    tensors = {id(v): v for v in flat if torch.is_tensor(v) and x.shape[1] in v.shape[:2]}
+    return sum(v.numel() * v.element_size() for v in tensors.values()) / (x.shape[0] * x.shape[1])

@@ -6,7 +6,8 @@ stream is current for the caller.
 
 - `save` makes the D2H stream wait for compute as it stands, then copies. The source stays referenced until its copy is done;
   only then can the allocator hand its memory to later compute. At most `max_pending` sources wait at a time: beyond that,
-  compute (not the host) waits for the oldest copy.
+  compute (not the host) waits for the oldest copy. The host is usually far ahead of the device and never sees a copy end, so
+  this many do wait; `settle` lets go of all of them where they would be in the way.
 - `prefetch` takes device memory on the compute stream, makes the H2D stream wait for compute as it stands (the memory may have
   been freed by work still queued) and for the D2H copy of the same tensor, then copies. `get` makes compute wait for it.
   A tensor that was prefetched is freed by compute after `get`, so its memory is not used again before the copy is over.
@@ -51,12 +52,17 @@ class KeptTensor:
 
 
 class HostCopy:
-    """A tensor on its way to, in, or on its way back from host memory."""
+    """
+    A tensor on its way to, in, or on its way back from host memory.
 
-    def __init__(self, transfers: "Transfers", tensor: Tensor):
+    Args:
+        limit_bytes: most host memory that may be locked in all; None: what the machine can give, less a reserve.
+    """
+
+    def __init__(self, transfers: "Transfers", tensor: Tensor, limit_bytes: int | None = None):
         self._piece = self._fetched = None  # set first: __del__ runs even if the arena refuses
         self._transfers = transfers
-        self._piece = transfers.arena.take(tensor.numel() * tensor.element_size())
+        self._piece = transfers.arena.take(tensor.numel() * tensor.element_size(), limit_bytes)
         num_bytes = tensor.numel() * tensor.element_size()
         self._host = self._piece.memory()[:num_bytes].view(tensor.dtype).view(tensor.shape)
         self._written = transfers.copy_to_host(tensor, self._host)
@@ -121,7 +127,7 @@ class HostWrite:
 class Transfers:
     """The two copy streams of one CUDA device and the host memory they use."""
 
-    max_pending = 8
+    max_pending = 4
 
     def __init__(self, device: torch.device):
         self.arena = HostArena()
@@ -141,12 +147,12 @@ class Transfers:
             host.copy_(tensor, non_blocking=True)
             write = HostWrite(tensor, self._d2h_stream.record_event())
         self._pending.append(write)
-        self._drop_finished()
+        self._drop_finished(self.max_pending)
         return write
 
     def copy_to_device(self, host: Tensor, written: HostWrite) -> tuple[Tensor, torch.cuda.Event]:
         """Starts the copy of what was `written`; returns the tensor and the event of its arrival."""
-        self._drop_finished()
+        self._drop_finished(self.max_pending)
         tensor = torch.empty(host.shape, dtype=host.dtype, device=self._device)
         self._h2d_stream.wait_stream(torch.cuda.current_stream(self._device))
         self._h2d_stream.wait_event(written.done)
@@ -158,12 +164,16 @@ class Transfers:
         """Makes compute wait for a copy."""
         torch.cuda.current_stream(self._device).wait_event(event)
 
-    def _drop_finished(self) -> None:
-        """Forgets sources whose copy is done; makes compute wait for the oldest while more than `max_pending` are left."""
+    def settle(self) -> None:
+        """Makes compute wait for every copy to the host, and forgets the sources."""
+        self._drop_finished(0)
+
+    def _drop_finished(self, most: int) -> None:
+        """Forgets sources whose copy is done; makes compute wait for the oldest while more than `most` are left."""
         while self._pending:
             write = self._pending[0]
             if not write.query():
-                if len(self._pending) <= self.max_pending:
+                if len(self._pending) <= most:
                     return
                 self.wait(write.done)
             write.drop()
@@ -185,16 +195,14 @@ class CpuTransfers:
     def wait(self, event: None) -> None:
         """Nothing is in flight."""
 
+    def settle(self) -> None:
+        """Nothing is in flight."""
+
 
 @lru_cache
 def transfers_for(device: torch.device) -> Transfers | CpuTransfers:
     """The transfers of a device, made at first use."""
     return CpuTransfers() if device.type == "cpu" else Transfers(device)
-
-
-def keep_for_backward(tensor: Tensor, *, on_host: bool) -> KeptTensor | HostCopy:
-    """Keeps a tensor for the backward, in host memory if asked to."""
-    return HostCopy(transfers_for(tensor.device), tensor) if on_host else KeptTensor(tensor)
 
 
 def _changed(tensor: Tensor) -> str:

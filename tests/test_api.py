@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, Llam
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_fpdt
-from hf_fpdt import FPDTConfig, apply_fpdt, chunking, restore, streamed_pass
+from hf_fpdt import FPDTConfig, apply_fpdt, chunking, restore
 
 CHUNK = 20
 LENGTHS = [20, 20, 8]
@@ -86,7 +86,8 @@ def auto_chunks(monkeypatch):
 
 
 def test_public_names():
-    assert set(hf_fpdt.__all__) == {"FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "restore"}
+    names = {"DeviceMemoryError", "FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "plan", "restore"}
+    assert set(hf_fpdt.__all__) == names
     assert all(hasattr(hf_fpdt, name) for name in hf_fpdt.__all__)
 
 
@@ -743,15 +744,15 @@ def test_backward_under_another_autocast(batch, save_attention):
 
 def test_attention_under_autocast_runs_in_its_dtype(batch, monkeypatch):
     """As SDPA does: otherwise no 16-bit kernel could take a mixed-precision run."""
-    from hf_fpdt import layer_stream
+    from hf_fpdt import layer_chunk
 
-    dtypes, choose = set(), layer_stream.choose_kernel
+    dtypes, choose = set(), layer_chunk.choose_kernel
 
     def recording(name, device, dtype, *dims):
         dtypes.add(dtype)
         return choose(name, device, dtype, *dims)
 
-    monkeypatch.setattr(layer_stream, "choose_kernel", recording)
+    monkeypatch.setattr(layer_chunk, "choose_kernel", recording)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         make_streamed(tiny_llama(), CHUNK, kernel="naive")(**batch).loss.backward()
     assert dtypes == {torch.bfloat16}
@@ -914,14 +915,15 @@ def test_restore_leaves_a_foreign_forward(streamed, plain, batch):
     assert difference(streamed(**batch).loss, plain(**batch).loss) <= 2e-6
 
 
-def test_the_first_pass_says_what_was_chosen(batch, caplog, monkeypatch):
-    monkeypatch.setattr(streamed_pass, "_announced", set())
+def test_the_first_pass_says_what_was_chosen(batch, caplog):
     model = make_streamed(tiny_llama(), 17)
     with caplog.at_level(logging.INFO, logger="hf_fpdt"):
         model(**batch)
         model(**batch)
     lines = [record.getMessage() for record in caplog.records if "chunks of" in record.getMessage()]
-    assert lines == ["hf_fpdt: 2 x 48 tokens in 3 chunks of 17, kept for the backward in device memory"]
+    assert lines == [
+        "hf_fpdt: 2 x 48 tokens in 3 chunks of 17, K and V resident; x, K, V, out, lse of 2 layers, 0 to 1: device"
+    ]
 
 
 def test_logits_are_those_of_the_call(streamed, plain, batch):

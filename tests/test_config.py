@@ -11,15 +11,21 @@ from hf_fpdt.config import KERNEL_NAMES
 
 def test_defaults():
     config = FPDTConfig()
-    assert set(dataclasses.asdict(config)) == {"chunk_size", "kernel", "save_attention", "offload", "kv", "host_memory"}
-    assert set(dataclasses.asdict(config).values()) == {"auto"}
+    fields = dataclasses.asdict(config)
+    assert fields.pop("disk_folder") is None
+    assert set(fields) == {
+        "chunk_size", "kernel", "recompute", "save_attention", "offload", "kv", "gpu_memory", "host_memory",
+    }  # fmt: skip
+    assert set(fields.values()) == {"auto"}
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"chunk_size": 1}, {"chunk_size": 1 << 20}, {"save_attention": True}, {"save_attention": False}, {"offload": "none"},
-        {"offload": "host"}, {"host_memory": 1 << 40}, *({"kernel": name} for name in KERNEL_NAMES),
+        {"offload": "host"}, {"host_memory": 1 << 40}, {"gpu_memory": 1}, {"recompute": True}, {"recompute": False},
+        {"kv": "streamed"}, {"kv": "streamed", "offload": "host"}, {"offload": "disk", "disk_folder": "/mnt/nvme"},
+        *({"kernel": name} for name in KERNEL_NAMES),
     ],
 )  # fmt: skip
 def test_good_values(settings):
@@ -48,6 +54,15 @@ def test_good_values(settings):
         ({"host_memory": "64GiB"}, r"FPDTConfig\(host_memory='64GiB'\)"),
         ({"host_memory": 1e9}, r"FPDTConfig\(host_memory=1000000000.0\)"),
         ({"offload": None}, r"FPDTConfig\(offload=None\)"),
+        ({"gpu_memory": 0}, r"FPDTConfig\(gpu_memory=0\): gpu_memory must be .* whole number of bytes, at least 1"),
+        ({"recompute": "never"}, r"FPDTConfig\(recompute='never'\): recompute must be one of 'auto', True, False"),
+        ({"recompute": 1}, r"FPDTConfig\(recompute=1\)"),
+        ({"kv": "streamed", "offload": "none"}, r"FPDTConfig\(kv='streamed', offload='none'\): .* set offload=\"host\""),
+        ({"recompute": False, "offload": "host"}, r"FPDTConfig\(recompute=False, offload='host'\): .* set offload=\"none\""),
+        ({"recompute": False, "kv": "streamed"}, r"FPDTConfig\(recompute=False, kv='streamed'\): .* set kv=\"resident\""),
+        ({"recompute": False, "save_attention": False}, r"recompute=False, save_attention=False\): .* set save_attention=True"),
+        ({"offload": "disk"}, r"FPDTConfig\(offload='disk', disk_folder=None\): name a folder"),
+        ({"disk_folder": "/mnt"}, r"FPDTConfig\(offload='auto', disk_folder='/mnt'\): .* with offload=\"disk\" and only then"),
     ],
 )
 def test_bad_values(settings, message):

@@ -7,6 +7,7 @@ A failure means two tensors in the same memory, or memory that leaks until the h
 import gc
 import random
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -219,7 +220,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(host_arena, "available_host_bytes", lambda: state.available)
     monkeypatch.setattr(host_arena.time, "monotonic", lambda: state.now)
     monkeypatch.setattr(host_arena.time, "sleep", sleep)
-    monkeypatch.setattr(host_arena, "_RESERVE_BYTES", 100 * PAGE)
+    monkeypatch.setattr(host_arena, "RESERVE_BYTES", 100 * PAGE)
     return state
 
 
@@ -229,16 +230,17 @@ def make_arena(**kwargs):
 
 def test_limit(machine):
     arena = make_arena(slab_bytes=4 * PAGE)
-    arena.limit_bytes = 10 * PAGE
-    pieces = [arena.take(3 * PAGE), arena.take(5 * PAGE)]
+    limit = 10 * PAGE
+    pieces = [arena.take(3 * PAGE, limit), arena.take(5 * PAGE, limit)]
     assert arena.locked_bytes == 9 * PAGE, "the slab of 4 and one of 5"
-    pieces.append(arena.take(PAGE))  # what is left of the first slab
-    pieces.append(arena.take(PAGE))  # the last slab is as short as the limit asks
+    pieces.append(arena.take(PAGE, limit))  # what is left of the first slab
+    pieces.append(arena.take(PAGE, limit))  # the last slab is as short as the limit asks
     assert arena.locked_bytes == 10 * PAGE
     with pytest.raises(HostMemoryError, match=r"The limit is 0\.00 GiB \(FPDTConfig\(host_memory=40960\)\)\. Use FPDTConfig"):
-        arena.take(1)
+        arena.take(1, limit)
+    assert make_arena(slab_bytes=4 * PAGE).take(11 * PAGE).size == 11 * PAGE, "the limit belongs to the request"
     pieces.pop().give_back()
-    assert arena.take(1).size == PAGE
+    assert arena.take(1, limit).size == PAGE
 
 
 def test_a_machine_without_memory_refuses_before_anything_is_mapped(machine):
@@ -279,4 +281,23 @@ def test_a_shortage_in_training_is_a_named_error_and_leaves_the_model_usable(mon
     assert transfers.transfers_for(torch.device("cpu")).arena.used_bytes == 0
     hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(chunk_size=10, offload="host"))
     assert model(**batch).loss.isfinite()
+    transfers.transfers_for.cache_clear()
+
+
+def test_two_models_have_limits_of_their_own(monkeypatch):
+    """The arena belongs to the device and the limit to the model, also in a backward that locks more after the other ran."""
+    monkeypatch.setattr(transfers, "HostArena", partial(HostArena, slab_bytes=PAGE))
+    transfers.transfers_for.cache_clear()
+    settings = {"offload": "host", "kv": "streamed"}
+    small, large = (make_streamed(tiny_llama(), 10, host_memory=pages * PAGE, **settings) for pages in (8, 4000))
+    batch = make_batch(1, 47)
+    loss = large(**batch).loss
+    arena = transfers.transfers_for(torch.device("cpu")).arena
+    locked = arena.locked_bytes
+    with pytest.raises(hf_fpdt.HostMemoryError, match=r"FPDTConfig\(host_memory=32768\)"):
+        small(**batch)
+    gc.collect()
+    assert arena.locked_bytes == locked > 8 * PAGE
+    loss.backward()
+    assert arena.locked_bytes > locked, "the backward needed more than the forward"
     transfers.transfers_for.cache_clear()

@@ -19,15 +19,19 @@ PACKAGE = Path(hf_fpdt.__file__).parent
 # A module imports only modules of strictly lower levels.
 LAYERS = {
     "version": 0, "config": 0, "chunking": 0, "online_softmax": 0, "gradient_sum": 0, "run_state": 0, "host_limits": 0,
-    "instance_forward": 0, "input_checks": 0, "attention_kernels": 0, "cross_entropy": 0, "unchanged": 0,
-    "free_list": 0, "nameless_file": 0,
-    "host_arena": 1, "deferred_logits": 1, "causal_attention": 1, "token_stream": 1, "chunked_loss": 1,
-    "transfers": 2, "kernel_choice": 2, "model_loss": 2, "disk_file": 2, "key_value_store": 3,
-    "layer_stream": 4,
-    "streamed_pass": 5,
-    "attention_interface": 6,
-    "modeling": 7,
-    "__init__": 8,
+    "instance_forward": 0, "input_checks": 0,  "attention_kernels": 0, "cross_entropy": 0, "footprint": 0, "sole_owner": 0,
+    "free_list": 0, "nameless_file": 0, "unchanged": 0,
+    "host_arena": 1, "memory_model": 1, "kernel_memory": 1,
+    "deferred_logits": 1, "causal_attention": 1, "token_stream": 1, "chunked_loss": 1,
+    "transfers": 2, "kernel_choice": 2, "model_loss": 2, "placement": 2, "disk_file": 2,
+    "key_value_store": 3, "step_plan": 3, "places": 3,
+    "layer_chunk": 4,
+    "layer_stream": 5, "layer_footprint": 5,
+    "streamed_pass": 6,
+    "attention_interface": 7, "layer_wiring": 7, "model_plan": 7,
+    "modeling": 8,
+    "planning": 9,
+    "__init__": 10,
 }  # fmt: skip
 # The only imports inside of functions: kernels that may not be installed.
 LAZY = {("attention_kernels", "flash_attn")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
 
-from hf_fpdt import FPDTConfig, apply_fpdt, host_arena, transfers
+from hf_fpdt import FPDTConfig, apply_fpdt, host_arena, places, transfers
 
 CHUNK = 10
 
@@ -111,6 +111,7 @@ def simulated(request, monkeypatch):
     monkeypatch.setattr(transfers, "HostArena", partial(host_arena.HostArena, slab_bytes=1 << 20))
     made = transfers.Transfers(torch.device("cpu"))
     monkeypatch.setattr(transfers, "transfers_for", lambda device: made)
+    monkeypatch.setattr(places, "transfers_for", lambda device: made)
     return made
 
 
@@ -160,13 +161,13 @@ def test_evaluation_keeps_nothing(simulated):
 
 def test_sources_wait_in_bounded_number(simulated):
     for _ in range(50):
-        transfers.keep_for_backward(torch.randn(3, 5), on_host=True)
+        transfers.HostCopy(simulated, torch.randn(3, 5))
         assert len(simulated._pending) <= transfers.Transfers.max_pending
 
 
 def test_a_copy_can_be_fetched_again(simulated):
     tensor = torch.randn(2, 6, 4)[:, 1:4]  # not contiguous
-    kept = transfers.keep_for_backward(tensor, on_host=True)
+    kept = transfers.HostCopy(simulated, tensor)
     for _ in range(3):
         kept.prefetch()
         assert torch.equal(kept.get(), tensor)
@@ -179,7 +180,7 @@ def test_a_copy_can_be_fetched_again(simulated):
 @pytest.mark.parametrize("through", ["itself", "view"])
 def test_a_source_changed_while_it_is_copied_is_refused(simulated, through):
     tensor = torch.ones(3, 5)
-    kept = transfers.keep_for_backward(tensor, on_host=True)
+    kept = transfers.HostCopy(simulated, tensor)
     (tensor if through == "itself" else tensor[1:]).add_(1.0)
     if not SideStream.late:  # the copy was over: what was kept is what was handed over
         assert torch.equal(kept.get(), torch.ones(3, 5))
@@ -188,15 +189,15 @@ def test_a_source_changed_while_it_is_copied_is_refused(simulated, through):
         with pytest.raises(RuntimeError, match=r"A tensor of shape \[3, 5\] that a streamed layer needs.*changed in place"):
             kept.get()
         kept.evict()
-        transfers.keep_for_backward(torch.ones(1), on_host=True)
+        transfers.HostCopy(simulated, torch.ones(1))
 
 
 def test_a_source_may_change_behind_its_copy(simulated):
     tensor, strided = torch.ones(3, 5), torch.ones(5, 3).t()
-    kept = [transfers.keep_for_backward(t, on_host=True) for t in (tensor, strided)]
+    kept = [transfers.HostCopy(simulated, t) for t in (tensor, strided)]
     strided.add_(1.0)  # what is copied is a contiguous copy
     for _ in range(transfers.Transfers.max_pending):
-        transfers.keep_for_backward(torch.ones(1), on_host=True)
+        transfers.HostCopy(simulated, torch.ones(1))
     tensor.add_(1.0)  # compute has waited for the copy
     assert all(torch.equal(k.get(), torch.ones(3, 5)) for k in kept)
 
@@ -205,22 +206,24 @@ def test_a_source_may_change_behind_its_copy(simulated):
 def test_inference_tensors_are_kept(simulated, on_host):
     with torch.inference_mode():
         tensor = torch.ones(3, 5)
-    assert torch.equal(transfers.keep_for_backward(tensor, on_host=on_host).get(), torch.ones(3, 5))
+    kept = transfers.HostCopy(simulated, tensor) if on_host else transfers.KeptTensor(tensor)
+    assert torch.equal(kept.get(), torch.ones(3, 5))
 
 
 def test_an_input_changed_in_place_while_it_is_copied(simulated):
     if not SideStream.late:
         pytest.skip("every copy is over at once")
+    simulated.max_pending = 8  # so many that the input's copies still wait
     model = make_streamed(tiny_llama(), CHUNK, offload="host")
     model.model.layers[1].register_forward_hook(lambda module, args, output: (args[0].add_(1.0), None)[1])
-    loss = model(**make_batch(1, 17)).loss  # so short that the copies of the input still wait
+    loss = model(**make_batch(1, 17)).loss
     with pytest.raises(RuntimeError, match="changed in place"):
         loss.backward()
 
 
 def test_streaming_k_and_v_needs_the_host():
-    with pytest.raises(ValueError, match=r'FPDTConfig\(kv="streamed", offload=\'auto\'\): .* Set offload="host"'):
-        FPDTConfig(kv="streamed")
+    with pytest.raises(ValueError, match=r"FPDTConfig\(kv='streamed', offload='none'\): .* set offload=\"host\""):
+        FPDTConfig(kv="streamed", offload="none")
     with pytest.raises(ValueError, match=r"FPDTConfig\(kv='disk'\): kv must be one of 'auto', 'resident', 'streamed'"):
         FPDTConfig(kv="disk")
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_fpdt
-from hf_fpdt import layer_stream
+from hf_fpdt import layer_chunk
 from hf_fpdt.kernel_choice import choose_kernel
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_autocast_with_fp32_weights(model_class, config, monkeypatch):
     ids = torch.randint(0, config.vocab_size, (1, 5000), device="cuda")
     results = []
     seen = []
-    monkeypatch.setattr(layer_stream, "choose_kernel", lambda *args: seen.append(args[2]) or choose_kernel(*args))
+    monkeypatch.setattr(layer_chunk, "choose_kernel", lambda *args: seen.append(args[2]) or choose_kernel(*args))
     for model in (plain, ours):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss

@@ -1,0 +1,192 @@
+"""
+One chunk going through one decoder layer: the layer's own forward runs, and where it calls attention, the registered function
+finds the active chunk here and lets it attend to everything stored before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .kernel_choice import choose_kernel
+from .key_value_store import ResidentStore, StreamedStore
+from .memory_model import LayerPlacement
+from .run_state import autocast_dtype, no_autocast
+
+_active_chunk: ContextVar["Chunk | None"] = ContextVar("fpdt_active_chunk", default=None)
+
+
+def active_chunk() -> "Chunk | None":
+    """The chunk that is running through a layer at present; its `attend` is the attention of that chunk."""
+    return _active_chunk.get()
+
+
+@contextmanager
+def outside_of_chunks() -> Iterator[None]:
+    """What is called inside sees no chunk, until a layer of its own runs one."""
+    token = _active_chunk.set(None)
+    try:
+        yield
+    finally:
+        _active_chunk.reset(token)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of one decoder layer.
+
+    Args:
+        name: what error messages call the layer.
+        module: the layer.
+        forward: the layer's own forward; `forward(x_chunk, **arguments)` returns the output, or a tuple that starts with it.
+        arguments: for a span `(start, stop)`, the keyword arguments of that chunk.
+        spans: `(start, stop)` of every chunk, in order.
+        kernel: kernel name as in `FPDTConfig`.
+        placement: what is kept for the backward, and where.
+        stream_kv: keep K and V in host memory also while the layer runs, and fetch them in blocks.
+        keep: `(tensor, place)` to what gives the tensor back, see `transfers.py`.
+    """
+
+    name: str
+    module: nn.Module
+    forward: Callable[..., Any]
+    arguments: Callable[[tuple[int, int]], dict[str, Any]]
+    spans: Sequence[tuple[int, int]]
+    kernel: str
+    placement: LayerPlacement
+    stream_kv: bool
+    keep: Callable[[Tensor, str], Any]
+
+    def keep_here(self, tensor: Tensor):
+        """Puts a tensor where this call keeps what is needed later."""
+        return self.keep(tensor, self.placement.place)
+
+    def new_store(self) -> ResidentStore | StreamedStore:
+        return (StreamedStore if self.stream_kv else ResidentStore)(self.spans, self.keep_here)
+
+
+def run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "Chunk") -> Tensor:
+    """The layer's output for `x_chunk [batch, chunk, hidden]`, with the attention of `chunk`."""
+    token = _active_chunk.set(chunk)
+    try:
+        result = call.forward(x_chunk, **call.arguments(chunk.span))
+    finally:
+        _active_chunk.reset(token)
+    if not chunk.attended:
+        raise ValueError(
+            f"{call.name} did not call attention through transformers' AttentionInterface, so it cannot be streamed. "
+            'Use attn_implementation="sdpa" for this model.'
+        )
+    if torch.is_tensor(result):
+        return result
+    if any(extra is not None for extra in result[1:]):
+        raise ValueError(
+            f"{call.name} returns {len(result)} values; only hidden states can be streamed. Turn off the extra outputs "
+            "(output_attentions, output_router_logits), or use another attn_implementation."
+        )
+    return result[0]
+
+
+class Chunk:
+    """The chunk running through a layer, as the attention function sees it."""
+
+    def __init__(self, call: LayerCall, index: int, store: ResidentStore | StreamedStore):
+        self.call, self.index, self.span, self.store = call, index, call.spans[index], store
+        self.attended = False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`[batch, chunk, heads | kv_heads, dim]` each, after rotary embedding; returns `out`, shaped like `query`."""
+        if self.attended:
+            raise ValueError(
+                f"{self.call.name} calls attention more than once, so it cannot be streamed. "
+                'Use attn_implementation="sdpa" for this model.'
+            )
+        self.attended = True
+        dtype = autocast_dtype(query.device.type)
+        if dtype is not None:  # rotary embedding may have left 16 bits, as for torch's SDPA
+            query, key, value = (t.to(dtype) for t in (query, key, value))
+        if not query.dtype == key.dtype == value.dtype:
+            raise ValueError(
+                f"{self.call.name}: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they must have one "
+                "dtype. Load the model in one dtype, or run it under autocast (bf16=True)."
+            )
+        kernel = choose_kernel(self.call.kernel, query.device, query.dtype, query.shape[-1], value.shape[-1])
+        with no_autocast(query.device.type):
+            return self._attend(kernel, query.contiguous(), key, value, scale)
+
+    def _attend(self, kernel, query, key, value, scale):
+        raise NotImplementedError
+
+
+class ForwardChunk(Chunk):
+    """
+    Stores its K and V and attends.
+
+    Args:
+        keep: called with out and lse.
+    """
+
+    def __init__(self, call, index, store, keep: Callable[[Tensor, Tensor], None] | None = None):
+        super().__init__(call, index, store)
+        self._keep = keep
+
+    def _attend(self, kernel, query, key, value, scale):
+        self.store.append(self.index, key, value)
+        out, lse = self.store.attend(kernel, self.index, query, scale)
+        if self._keep is not None:
+            self._keep(out, lse)
+        return out
+
+
+class GraphChunk(Chunk):
+    """The same with gradients: its graph is kept and no second run follows."""
+
+    def _attend(self, kernel, query, key, value, scale):
+        with torch.no_grad():
+            self.store.append(self.index, key, value)
+            out, lse = self.store.attend(kernel, self.index, query, scale)
+        return _SavedAttention.apply(query, key, value, out, lse, (self.store, kernel, self.index, scale))
+
+
+class BackwardChunk(Chunk):
+    """
+    The second run, with gradients.
+
+    Args:
+        kept: out and lse of the first run, or None to compute them again.
+    """
+
+    def __init__(self, call, index, store, kept: tuple | None):
+        super().__init__(call, index, store)
+        self._kept = kept
+
+    def _attend(self, kernel, query, key, value, scale):
+        if self._kept is not None:
+            out, lse = (kept.get() for kept in self._kept)
+        else:
+            with torch.no_grad():
+                out, lse = self.store.attend(kernel, self.index, query, scale)
+        return _SavedAttention.apply(query, key, value, out, lse, (self.store, kernel, self.index, scale))
+
+
+class _SavedAttention(torch.autograd.Function):
+    """Attention whose result is known: returns it, and has the gradient of having computed it."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, out, lse, how):
+        ctx.save_for_backward(query, out, lse)
+        ctx.how = how
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        query, out, lse = ctx.saved_tensors
+        store, kernel, index, scale = ctx.how
+        grads = store.attend_backward(kernel, index, grad_out.contiguous(), query, out, lse, scale)
+        return *grads, None, None, None

@@ -1,0 +1,96 @@
+"""The footprint of one decoder layer: two short chunks of it are run, forward and backward, with attention left out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .attention_kernels import AttentionKernel
+from .causal_attention import MAX_BACKWARD_KEYS
+from .footprint import MemoryRecorder, footprint_of
+from .kernel_memory import AttentionProblem, backward_bytes
+from .layer_chunk import GraphChunk, LayerCall, run_chunk
+from .memory_model import ATTENTION_BACKWARD, FORWARD_DONE, LayerFootprint
+from .run_state import AutocastState, preserved_random_state
+
+
+def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) -> LayerFootprint:
+    """
+    Args:
+        call: as for a streamed layer; its `arguments` are called with spans inside `x`.
+        x: `[batch, tokens, hidden]`, at least two tokens.
+        weights: the layer's trainable parameters.
+    """
+    batch, tokens = x.shape[:2]
+    store, autocast, x = _NoAttention(), AutocastState(x.device.type), x.detach()
+
+    def run_once(length: int, recorder: MemoryRecorder, needs_grad: bool) -> tuple[Tensor, Tensor]:
+        store.recorder = recorder
+        x_chunk = x[:, :length].detach().requires_grad_(needs_grad)
+        with autocast.context(), torch.set_grad_enabled(needs_grad):
+            one = replace(call, spans=[(0, length)])
+            return x_chunk, run_chunk(one, x_chunk, GraphChunk(one, 0, store))
+
+    def forward(length: int, recorder: MemoryRecorder) -> None:
+        run_once(length, recorder, needs_grad=False)
+
+    def backward(length: int, recorder: MemoryRecorder) -> None:
+        x_chunk, y_chunk = run_once(length, recorder, needs_grad=True)
+        recorder.mark(FORWARD_DONE)
+        torch.autograd.grad(y_chunk, (x_chunk, *weights), grad_y[:, :length], allow_unused=True)
+
+    with preserved_random_state(x.device):
+        y = run_once(tokens, MemoryRecorder(), needs_grad=False)[1]
+        grad_y = torch.zeros_like(y)
+        traces = [footprint_of(run, (tokens // 2, tokens)) for run in (forward, backward)]
+    key_value, attention, itemsize = store.elements[0] / tokens, store.elements[1] / tokens, store.problem.itemsize
+    wide = max(itemsize, 4)
+    return LayerFootprint(
+        hidden=_bytes(x) / (batch * tokens),
+        key_value=key_value * itemsize / batch,
+        key_value_sums=key_value * wide / batch,
+        attention=(attention * itemsize + store.problem.batch * store.problem.heads * wide) / batch,
+        weight_grads=sum(_bytes(weight) for weight in weights),
+        weight_sums=sum(weight.numel() * max(weight.element_size(), 4) for weight in weights),
+        workspace=store.workspace,
+        forward=traces[0],
+        backward=traces[1],
+    )
+
+
+class _NoAttention:
+    """In place of a layer's store: attention of the right shape that computes nothing, and how large it was."""
+
+    recorder: MemoryRecorder
+    kernel: AttentionKernel
+    problem: AttentionProblem
+    elements: tuple[int, int]  # of K and V, of out
+
+    def append(self, index: int, key: Tensor, value: Tensor) -> None:
+        self._key, self._value = key.shape, value.shape
+
+    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        batch, queries, heads, head_dim = query.shape
+        kv_heads, value_dim = self._value[2:]
+        self.kernel = kernel
+        self.problem = AttentionProblem(
+            batch, queries, queries, heads, kv_heads, head_dim, value_dim, itemsize=query.element_size()
+        )
+        self.elements = (self.problem.key_value_elements(kv_heads), batch * queries * heads * value_dim)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return query.new_zeros(batch, queries, heads, value_dim), query.new_zeros(batch, heads, queries, dtype=wide)
+
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, scale: float):
+        self.recorder.mark(ATTENTION_BACKWARD)
+        return torch.zeros_like(query), query.new_zeros(self._key), query.new_zeros(self._value)
+
+    def workspace(self, queries: int, keys: int) -> int:
+        problem = replace(self.problem, queries=queries, keys=min(keys, max(queries, MAX_BACKWARD_KEYS)))
+        several = keys > problem.keys or not self.kernel.aligns_last
+        summed = 4 * problem.query_elements if several else 0  # grad_query over several calls
+        return backward_bytes(self.kernel.name, problem) + summed
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

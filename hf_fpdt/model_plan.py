@@ -1,0 +1,137 @@
+"""The plan of one call of a model: measured on a few of its tokens, made once a shape, logged."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .causal_attention import MAX_BACKWARD_KEYS
+from .chunked_loss import loss_chunk_bytes
+from .config import FPDTConfig
+from .host_limits import RESERVE_BYTES, available_host_bytes
+from .memory_model import LossFootprint, ModelFootprint
+from .placement import Limits
+from .run_state import autocast_dtype
+from .step_plan import Plan, make_plan, simple_plan
+from .streamed_pass import MeasuringPass, running
+from .transfers import transfers_for
+
+logger = logging.getLogger(__name__)
+
+MEASURED_TOKENS = 512  # of every sequence; weights dominate at this length, see footprint.py
+_RESERVED_SHARE = 0.06  # of the GPU's memory, for what the allocator cannot use
+_PLANS, _UNTRAINED = "_fpdt_plans", "_fpdt_untrained"
+
+
+def plan_of_call(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    head: nn.Module | None,
+    tokens: Tensor,
+    config: FPDTConfig,
+    measure: Callable[[MeasuringPass], None],
+) -> Plan:
+    """
+    The plan for a call of `model` on `tokens [batch, seq_len(, hidden)]`; the same one for the same kind of call.
+
+    Args:
+        layers: the model's decoder layers.
+        head: the output layer whose loss is computed in chunks, if it is.
+        measure: runs the model on its first `MEASURED_TOKENS` tokens under the pass it is given.
+    """
+    plans = model.__dict__.setdefault(_PLANS, {})
+    trainable = sum(weight.requires_grad for weight in model.parameters())
+    key = (config, tuple(tokens.shape[:2]), tokens.device, torch.is_grad_enabled(), model.training, trainable)
+    key += (head is None, autocast_dtype(tokens.device.type), tokens.requires_grad)
+    if key not in plans:
+        plans[key] = new_plan(model, layers, head, tokens, config, measure)
+        logger.info("%s", plans[key])
+    return plans[key]
+
+
+def forget_plans(model: nn.Module) -> None:
+    """Plans are made anew at the next call."""
+    for name in (_PLANS, _UNTRAINED):
+        model.__dict__.pop(name, None)
+
+
+def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -> Plan:
+    """A plan made now; the arguments are those of `plan_of_call`."""
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    batch_size, seq_len = tokens.shape[:2]
+    device = tokens.device
+    no_backward = not (torch.is_grad_enabled() and (trainable or tokens.requires_grad))
+    kind = "cuda" if device.type == "meta" else device.type  # a model without memory is planned for a GPU
+    if no_backward or seq_len < 2 or (kind != "cuda" and config.gpu_memory == "auto"):
+        return simple_plan(config, batch_size, seq_len, kind, len(layers))
+    measured = MeasuringPass(min(seq_len, MEASURED_TOKENS), config.kernel)
+    with running(measured):
+        measure(measured)
+    grads = sum(_bytes(weight) for weight in trainable)
+    in_layers = sum(layer.weight_grads for layer in measured.layers)
+    held = bool(trainable) and all(weight.grad is not None for weight in trainable)
+    footprint = ModelFootprint(
+        layers=measured.layers,
+        loss=None if head is None else _loss(head, batch_size * seq_len, measured.layers[-1].hidden, kind),
+        arguments=measured.argument_bytes,
+        resident=_resident(model, head, device),
+        other_grads=grads - in_layers,
+        grads_held=held,
+    )
+    head_grads = 0 if footprint.loss is None else footprint.loss.head_grads
+    limits = Limits(
+        device=device_limit(config, device),
+        host=_host_limit(config, device),
+        reserve=(0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads),
+    )
+    shape = {"batch_size": batch_size, "seq_len": seq_len, "device_type": kind}
+    return make_plan(footprint, config, limits, max_keys=MAX_BACKWARD_KEYS, **shape)
+
+
+def device_limit(config: FPDTConfig, device: torch.device) -> int | None:
+    """Bytes that torch's tensors on this device may take in all."""
+    limits = [] if config.gpu_memory == "auto" else [config.gpu_memory]
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        limits.append(int(free + torch.cuda.memory_reserved(device) - _RESERVED_SHARE * total))
+    return min(limits, default=None)
+
+
+def _host_limit(config: FPDTConfig, device: torch.device) -> int | None:
+    if config.host_memory != "auto":
+        return config.host_memory
+    available = available_host_bytes()
+    if available is None:
+        return None
+    locked = 0 if device.type == "meta" else transfers_for(device).arena.locked_bytes
+    return max(available - RESERVE_BYTES, 0) + locked
+
+
+def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    tensors = {id(t): t for module in (model, head) if module is not None for t in (*module.parameters(), *module.buffers())}
+    return sum(_bytes(t) + (0 if t.grad is None else _bytes(t.grad)) for t in tensors.values())
+
+
+def _optimizer_to_come(model: nn.Module, trainable: list[Tensor], grads: int) -> int:
+    """Two states of the size of the gradients, until an optimizer has changed the weights: then its states are there."""
+    if not trainable:
+        return 0
+    version = model.__dict__.setdefault(_UNTRAINED, trainable[0]._version)
+    return 2 * grads if trainable[0]._version == version else 0
+
+
+def _loss(head: nn.Module, tokens: int, hidden_bytes: float, device_type: str) -> LossFootprint:
+    weights = list(head.parameters())
+    trainable = [weight for weight in weights if weight.requires_grad]
+    chunk, chunks = loss_chunk_bytes(head.out_features, tokens, hidden_bytes, weights[0].element_size(), device_type)
+    grads = sum(_bytes(weight) for weight in trainable)
+    sums = sum(weight.numel() * max(weight.element_size(), 4) for weight in trainable) if chunks > 1 else 0
+    return LossFootprint(chunk + grads, grads, sums)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,70 @@
+"""`hf_fpdt.plan`: what a training step would do and take, without running one."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from .config import FPDTConfig
+from .instance_forward import inner_forward
+from .layer_wiring import wire, without_checkpointing
+from .model_plan import new_plan
+from .modeling import apply_fpdt, config_of, measure, restore, streamed_models, transformers_model
+from .step_plan import Plan
+
+_NAME = "fpdt"
+
+
+def plan(model: nn.Module, *, seq_len: int, batch_size: int = 1, config: FPDTConfig | None = None) -> Plan:
+    """
+    The plan that a training step on `batch_size` sequences of `seq_len` tokens would follow: where every layer waits for its
+    backward, the chunk size, and the predicted peaks of GPU and host memory. `print` it for a table.
+
+    Nothing is trained and nothing of that length exists: a few hundred tokens go through the model to measure its layers. The
+    model may be on a GPU, where the plan is the one that training uses, or on the meta device (`torch.device("meta")`), where
+    `gpu_memory` says how large the GPU is.
+
+    Args:
+        model (`PreTrainedModel` or a PEFT model around one): as for `apply_fpdt`; trainable weights as in the run.
+        seq_len (`int`): tokens of one sequence, at least 2.
+        batch_size (`int`, *optional*, defaults to 1): sequences of one step, at least 1.
+        config (`FPDTConfig`, *optional*): the settings; by default those of the model.
+
+    Returns:
+        `Plan`, with `chunk_size`, `placements` and `peaks` (`peaks.device`, `peaks.host`, `peaks.disk` in bytes).
+
+    Raises:
+        DeviceMemoryError, HostMemoryError: if no plan fits.
+        ValueError: for a model that cannot be streamed, sizes below the least, or a meta model without `gpu_memory`.
+    """
+    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"plan({name}={value!r}): {name} must be a whole number, at least {least}.")
+    base = transformers_model(model)
+    config = config or config_of(base)
+    if base.device.type == "meta" and config.gpu_memory == "auto":
+        raise ValueError(
+            'plan(model on the meta device, gpu_memory="auto"): there is no GPU to ask. Pass '
+            "config=FPDTConfig(gpu_memory=bytes)."
+        )
+    previous = base.config._attn_implementation
+    try:
+        if previous != _NAME:
+            apply_fpdt(base, config)
+        return _plan(base, config, batch_size, seq_len)
+    finally:
+        if previous != _NAME:
+            restore(base)
+
+
+def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int) -> Plan:
+    owner, layers = streamed_models(base)[0]
+    wire(owner, layers)
+    head = base.get_output_embeddings()
+    head = head if isinstance(getattr(head, "out_features", None), int) else None
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=base.device)
+    # With a mask transformers does not look at the positions' values, which a meta model has none of.
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.enable_grad(), without_checkpointing(layers):
+        run = partial(measure, inner_forward(owner), arguments, seq_len)
+        return new_plan(owner, layers, head, ids, config, run)

@@ -1,0 +1,176 @@
+"""
+What one training step will do and take: chunk size, where K and V of the running layer are, and where every layer waits.
+
+`make_plan` is the only place that decides. The runtime follows the plan it returns, and `hf_fpdt.plan` shows it without a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .chunking import AUTO_CHUNK_TOKENS, chunk_spans, resolve_chunk_size
+from .config import FPDTConfig
+from .host_arena import HostMemoryError
+from .memory_model import LayerPlacement, MemoryModel, ModelFootprint, Peaks
+from .placement import Limits, PlacementSearch
+
+_GIB = 2**30
+_NAMES = {
+    "all": "all activations", "attention": "x, K, V, out, lse", "key_value": "x, K, V", "input": "x", "nothing": "nothing",
+}  # fmt: skip
+_SMALLER_CHUNKS = (1, 2, 4, 8)  # divisors of the preferred chunk, tried in this order
+
+
+class DeviceMemoryError(RuntimeError):
+    """A step needs more memory of the device than there is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Args:
+        batch_size, seq_len: of the step.
+        chunk_size: tokens of one sequence in a chunk.
+        stream_kv: K and V of the running layer in blocks from the host, instead of whole on the device.
+        placements: one a layer.
+        peaks: predicted for the step; None if nothing was measured (on a CPU without `gpu_memory`).
+        rows: `(tensor, place, bytes)` of what waits for the backward.
+        limits: what the prediction was held against.
+    """
+
+    batch_size: int
+    seq_len: int
+    chunk_size: int
+    stream_kv: bool
+    placements: tuple[LayerPlacement, ...]
+    peaks: Peaks | None = None
+    rows: tuple[tuple[str, str, float], ...] = ()
+    limits: Limits | None = None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """`(start, stop)` of every chunk."""
+        return chunk_spans(self.seq_len, self.chunk_size)
+
+    def __str__(self) -> str:
+        return "\n".join([self._headline(), *self._table()])
+
+    def _headline(self) -> str:
+        text = (
+            f"hf_fpdt: {self.batch_size} x {self.seq_len} tokens in {len(self.spans)} chunks of {self.chunk_size}, "
+            f"K and V {'streamed' if self.stream_kv else 'resident'}"
+        )
+        if self.peaks is None:
+            text += "".join(f"; {name} of {_span(layers)}: {place}" for name, place, layers in waiting(self.placements))
+        return text
+
+    def _table(self) -> list[str]:
+        if self.peaks is None:
+            return []
+        lines = [f"  {name:<44}{place:<8}{size / _GIB:>9.2f} GiB" for name, place, size in self.rows]
+        for place, size, limit in (
+            ("device", self.peaks.device, self.limits.device),
+            ("host", self.peaks.host, self.limits.host),
+            ("disk", self.peaks.disk, None),
+        ):
+            if size or place == "device":
+                of = "" if limit is None else f" of {limit / _GIB:.2f}"
+                phase = f", {self.peaks.phase}" if place == "device" else ""
+                lines.append(f"  {'predicted peak' + phase:<44}{place:<8}{size / _GIB:>9.2f} GiB{of}")
+        return lines
+
+
+def simple_plan(config: FPDTConfig, batch_size: int, seq_len: int, device_type: str, num_layers: int) -> Plan:
+    """The plan without a footprint: the settings as they are, and for `"auto"` the host on a GPU and the device on a CPU."""
+    chunk = resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device_type)
+    place = {"none": "device", "auto": "host" if device_type == "cuda" else "device"}.get(config.offload, config.offload)
+    stream_kv = config.kv == "streamed"
+    if stream_kv and place == "device":
+        place = "host"  # where blocks stream from
+    if config.recompute is False:
+        placement = LayerPlacement("all", "device")
+    else:
+        placement = LayerPlacement("attention" if config.save_attention is not False else "key_value", place)
+    return Plan(batch_size, seq_len, chunk, stream_kv, (placement,) * num_layers)
+
+
+def make_plan(
+    footprint: ModelFootprint,
+    config: FPDTConfig,
+    limits: Limits,
+    *,
+    batch_size: int,
+    seq_len: int,
+    device_type: str,
+    max_keys: int,
+) -> Plan:
+    """
+    The fastest plan that fits.
+
+    Args:
+        max_keys: most keys of one call of attention's backward.
+
+    Raises:
+        DeviceMemoryError, HostMemoryError: if none does, with the bytes needed, the bytes there, and the settings that help.
+    """
+    least = None
+    for chunk, stream_kv in _candidates(config, batch_size, seq_len, device_type):
+        memory = MemoryModel(footprint, batch_size, seq_len, chunk, stream_kv, max_keys)
+        settings = {name: getattr(config, name) for name in ("offload", "save_attention", "recompute")}
+        search = PlacementSearch(memory, limits, **settings)
+        placements = search.best()
+        if placements is not None:
+            rows = tuple(_rows(memory, placements))
+            return Plan(batch_size, seq_len, chunk, stream_kv, placements, memory.peaks(placements), rows, limits)
+        cheapest = memory.peaks(search.cheapest_in_memory(), reserve=limits.reserve, grads_held=True)
+        least = cheapest if least is None or cheapest.device < least.device else least
+    raise _shortage(least, limits, config)
+
+
+def _candidates(config: FPDTConfig, batch_size: int, seq_len: int, device_type: str):
+    """`(chunk size, whether K and V stream)`, from the preferred to the one that needs least."""
+    sizes = [config.chunk_size]
+    if config.chunk_size == "auto":
+        target = AUTO_CHUNK_TOKENS.get(device_type, AUTO_CHUNK_TOKENS["cpu"])
+        sizes = [target // divisor for divisor in _SMALLER_CHUNKS]
+    streams = {"auto": (False, True), "resident": (False,), "streamed": (True,)}[config.kv]
+    if config.offload == "none" or config.recompute is False:
+        streams = (False,)
+    chunks = [
+        resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device_type, tokens=size)
+        for size in sizes
+    ]
+    return [(chunk, stream_kv) for stream_kv in streams for chunk in dict.fromkeys(chunks)]
+
+
+def _rows(memory: MemoryModel, placements: Sequence[LayerPlacement]):
+    """What waits for the backward with its bytes, see `Plan.rows`."""
+    for name, place, layers in waiting(placements):
+        size = sum(memory.kept(memory.model.layers[index], placements[index]) for index in layers)
+        yield f"{name} of {_span(layers)}", place, size
+
+
+def waiting(placements: Sequence[LayerPlacement]) -> list[tuple[str, str, list[int]]]:
+    """`(tensors, place, layers)` of what waits for the backward."""
+    groups: dict[LayerPlacement, list[int]] = {}
+    for index, placement in enumerate(placements):
+        groups.setdefault(placement, []).append(index)
+    return [(_NAMES[placement.keeps], placement.place, layers) for placement, layers in groups.items()]
+
+
+def _span(layers: list[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+
+
+def _shortage(least: Peaks, limits: Limits, config: FPDTConfig) -> RuntimeError:
+    if limits.host is not None and least.host > limits.host:
+        return HostMemoryError(
+            f"A step needs {least.host / _GIB:.2f} GiB of page-locked host memory, and there are {limits.host / _GIB:.2f} GiB. "
+            'Use shorter sequences, save_attention="auto" or False, offload="disk" with a disk_folder, or raise '
+            f"host_memory (got {config})."
+        )
+    return DeviceMemoryError(
+        f"A step needs {least.device / _GIB:.2f} GiB of device memory ({least.phase}; with gradients and an AdamW state, of "
+        f"which {limits.reserve / _GIB:.2f} GiB are still to come), and {limits.device / _GIB:.2f} GiB can be taken. "
+        'Use shorter sequences, a smaller chunk_size, kv="auto", offload="auto", recompute="auto", or raise gpu_memory '
+        f"(got {config})."
+    )

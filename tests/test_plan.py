@@ -1,0 +1,335 @@
+"""
+The plan: what it predicts against what a step takes, what it chooses at a limit, and that whatever it chooses is exact.
+
+A failure of a prediction means that a training run is refused that would fit, or runs out of memory after it was accepted.
+"""
+
+import gc
+
+import pytest
+import torch
+from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_fpdt
+from hf_fpdt import model_plan, step_plan
+from hf_fpdt.footprint import FREE, MARK, MemoryRecorder, footprint_of, peak_bytes
+from hf_fpdt.memory_model import LayerPlacement
+from hf_fpdt.transfers import transfers_for
+
+PLENTY = 1 << 40
+MIB = 1 << 20
+
+
+def llama(dtype=torch.float32, trainable="", layers=4, **overrides):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": layers, "num_attention_heads": 4,
+            "num_key_value_heads": 1, "vocab_size": 500, "max_position_embeddings": 1 << 20, "use_cache": False, **overrides,
+        }
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).train()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(trainable in name)
+    return model
+
+
+def step(model, ids):
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def weights_and_gradients(model):
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- footprints ----
+
+
+def test_a_footprint_is_right_at_lengths_that_were_not_run():
+    """Weights dominate the short runs and activations the long ones: a line through two peaks would be far off."""
+    linear = torch.nn.Linear(64, 4096)
+
+    def run(tokens, recorder=None):
+        hidden = linear(torch.randn(tokens, 64)).relu()
+        torch.autograd.grad((hidden * 2).sum(), list(linear.parameters()))
+
+    footprint = footprint_of(run, (16, 32))
+    for tokens in (1, 16, 100, 5000):
+        assert footprint.peak(tokens) == peak_bytes(lambda tokens=tokens: run(tokens))
+
+
+def test_a_recorder_counts_every_storage_once_and_knows_when_it_goes():
+    outside = torch.zeros(100)
+    with MemoryRecorder() as recorder:
+        view = outside[10:20]
+        own = outside + 1
+        recorder.mark("here")
+        alias = own.view(10, 10)
+        del own
+        alias.add_(1)
+        del alias, view
+    kinds = [(kind, size) for kind, _, size in recorder.log]
+    assert kinds == [("allocate", 400), (MARK, 0), (FREE, 400)]
+
+
+def test_a_footprint_of_what_depends_on_the_tokens_is_not_too_small():
+    def run(tokens, recorder):
+        for _ in range(tokens // 8):
+            torch.zeros(tokens, 8)
+
+    footprint = footprint_of(run, (16, 32))
+    assert footprint.peak(64) >= peak_bytes(lambda: run(64, None))
+
+
+# ---- predictions ----
+
+CASES = [
+    ({"offload": "host"}, {}, 1, 2048, 256),
+    ({"offload": "host"}, {}, 1, 1024, 1024),
+    ({"offload": "host"}, {}, 1, 1900, 300),
+    ({"offload": "host"}, {}, 2, 1024, 256),
+    ({"offload": "host"}, {"dtype": torch.bfloat16, "vocab_size": 60}, 1, 2048, 512),
+    ({"offload": "host"}, {"trainable": "q_proj"}, 1, 2048, 256),
+    ({"offload": "host"}, {"vocab_size": 60}, 1, 2048, 1024),
+    ({"offload": "host", "save_attention": False}, {"vocab_size": 60}, 1, 2048, 512),
+    ({"offload": "host", "kv": "streamed"}, {"vocab_size": 60, "num_key_value_heads": 4}, 1, 2048, 256),
+    ({"offload": "none"}, {}, 1, 2048, 256),
+    ({"recompute": False}, {}, 1, 1024, 256),
+    ({"recompute": False}, {"vocab_size": 60}, 1, 1500, 1024),
+]
+
+
+@pytest.mark.parametrize(("settings", "shape", "batch", "seq_len", "chunk"), CASES, ids=lambda value: str(value)[:40])
+def test_predicted_peak_is_what_a_step_takes(settings, shape, batch, seq_len, chunk):
+    config = hf_fpdt.FPDTConfig(**{"chunk_size": chunk, "gpu_memory": PLENTY, "recompute": True, **settings})
+    model = hf_fpdt.apply_fpdt(llama(**shape), config)
+    predicted = hf_fpdt.plan(model, seq_len=seq_len, batch_size=batch).peaks
+    ids = torch.randint(0, model.config.vocab_size, (batch, seq_len))
+    step(model, ids)
+    model.zero_grad()
+    gc.collect()
+    arena = transfers_for(torch.device("cpu")).arena
+    taken = peak_bytes(lambda: step(model, ids))
+    above = predicted.device - weights_and_gradients(model)
+    assert 0.95 * taken <= above <= 1.05 * taken, predicted.phase
+    assert arena.used_bytes == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"save_attention": False}, {"kv": "streamed"}], ids=str)
+def test_predicted_host_memory_is_what_is_used(settings, monkeypatch):
+    transfers_for.cache_clear()
+    arena = transfers_for(torch.device("cpu")).arena
+    config = hf_fpdt.FPDTConfig(chunk_size=512, gpu_memory=PLENTY, recompute=True, offload="host", **settings)
+    model = hf_fpdt.apply_fpdt(llama(), config)
+    used = []
+    take = arena.take
+    monkeypatch.setattr(arena, "take", lambda *args: (take(*args), used.append(arena.used_bytes))[0])
+    step(model, torch.randint(0, 500, (1, 4096)))
+    predicted = hf_fpdt.plan(model, seq_len=4096).peaks.host
+    assert 0.95 * max(used) <= predicted <= 1.05 * max(used)
+    transfers_for.cache_clear()
+
+
+# ---- choices ----
+
+
+def choose(model, seq_len=4096, **settings):
+    settings = {"chunk_size": 512, "host_memory": PLENTY, **settings}
+    return hf_fpdt.plan(model, seq_len=seq_len, config=hf_fpdt.FPDTConfig(**settings))
+
+
+def places(plan):
+    return [(placement.keeps, placement.place) for placement in plan.placements]
+
+
+def test_with_plenty_of_memory_nothing_runs_again():
+    assert places(choose(llama(), gpu_memory=PLENTY)) == [("all", "device")] * 4
+
+
+def test_less_device_memory_is_given_up_in_order():
+    """From all activations to everything on the host, the last layers keeping most; and every plan fits its limit."""
+    model = llama(layers=6)
+    most = choose(model, gpu_memory=PLENTY, recompute=False)
+    least = choose(model, gpu_memory=PLENTY, recompute=True, offload="host")
+    rank = {("all", "device"): 2, ("attention", "device"): 1, ("attention", "host"): 0}
+    reserve = most.limits.reserve
+    seen, last = set(), (6, 0)
+    for percent in range(100, 0, -5):
+        limit = least.peaks.device + reserve + (most.peaks.device - least.peaks.device) * percent // 100
+        plan = choose(model, gpu_memory=limit)
+        assert plan.peaks.device <= limit
+        ranks = [rank[place] for place in places(plan)]
+        assert ranks == sorted(ranks)
+        seen |= set(ranks)
+        assert (ranks.count(2), ranks.count(1)) <= last
+        last = (ranks.count(2), ranks.count(1))
+    assert seen == {0, 1, 2}
+
+
+def test_less_host_memory_is_given_up_in_order():
+    """The device takes what the host cannot; where it may not, attention runs again, and then layers from their inputs."""
+    model = llama(layers=8)
+    full = choose(model, gpu_memory=PLENTY, recompute=True, offload="host")
+    assert places(choose(model, gpu_memory=PLENTY, recompute=True, host_memory=full.peaks.host // 2))[-1][1] == "device"
+    kept = []
+    for share in (1.0, 0.9, 0.75, 0.5, 0.45):
+        limit = int(full.peaks.host * share)
+        plan = choose(model, gpu_memory=PLENTY, recompute=True, offload="host", host_memory=limit)
+        assert plan.peaks.host <= limit
+        kept.append({placement.keeps for placement in plan.placements})
+    assert kept[0] == {"attention"}
+    assert kept[1] == kept[2] == {"attention", "key_value"}
+    assert "nothing" in kept[-1]
+    with pytest.raises(hf_fpdt.HostMemoryError, match=r"needs .* GiB of page-locked host memory, and there are 0.00 GiB"):
+        choose(model, gpu_memory=PLENTY, offload="host", host_memory=1)
+
+
+def test_k_and_v_stream_and_chunks_shrink_where_they_do_not_fit():
+    model = llama(num_key_value_heads=4, vocab_size=60)
+    settings = {"chunk_size": "auto", "recompute": True, "offload": "host"}
+    roomy = choose(model, seq_len=8192, gpu_memory=PLENTY, **settings)
+    taken = roomy.peaks.device + roomy.limits.reserve
+    chosen = []
+    for percent in range(100, 10, -2):
+        try:
+            plan = choose(model, seq_len=8192, gpu_memory=taken * percent // 100, **settings)
+        except hf_fpdt.DeviceMemoryError:
+            break
+        chosen.append((plan.stream_kv, plan.chunk_size))
+    order = list(dict.fromkeys(chosen))
+    assert order == sorted(order, key=lambda choice: (choice[0], -choice[1]))
+    assert {(False, 2048), (False, 1024), (False, 256)} <= set(order)
+    assert order[-1][0], "K and V stream at last"
+    with pytest.raises(hf_fpdt.DeviceMemoryError, match=r"needs .* GiB of device memory .* raise gpu_memory"):
+        choose(model, seq_len=8192, gpu_memory=MIB, **settings)
+
+
+def test_gradients_and_optimizer_are_waited_for_until_they_are_there():
+    model = llama()
+    hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(gpu_memory=PLENTY, host_memory=PLENTY, chunk_size=512))
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert hf_fpdt.plan(model, seq_len=1024).limits.reserve == 3 * size
+    step(model, torch.randint(0, 500, (1, 64)))
+    torch.optim.AdamW(model.parameters()).step()
+    assert hf_fpdt.plan(model, seq_len=1024).limits.reserve == 0
+
+
+# ---- exactness of every choice ----
+
+FAMILIES = pytest.mark.parametrize("config", [tiny_llama(), tiny_neox()], ids=["llama", "neox"])
+
+
+def placed(monkeypatch, placements):
+    """Makes every plan use these placements, repeated over the layers."""
+    make = step_plan.simple_plan
+
+    def planned(config, batch_size, seq_len, device_type, num_layers):
+        plan = make(config, batch_size, seq_len, device_type, num_layers)
+        cycle = tuple(placements[index % len(placements)] for index in range(num_layers))
+        return step_plan.Plan(plan.batch_size, plan.seq_len, plan.chunk_size, plan.stream_kv, cycle)
+
+    monkeypatch.setattr(model_plan, "simple_plan", planned)
+
+
+MIXES = {
+    "all": [("all", "device")],
+    "input": [("input", "host")],
+    "groups of 2": [("input", "host"), ("nothing", "host")],
+    "groups of 3": [("input", "host"), ("nothing", "host"), ("nothing", "host")],
+    "nothing first": [("nothing", "device")],
+    "mixed": [("key_value", "host"), ("attention", "device"), ("all", "device"), ("attention", "host")],
+    "after a group": [("input", "host"), ("nothing", "host"), ("attention", "host"), ("all", "device")],
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("kv", ["resident", "streamed"])
+def test_every_placement_is_exact(config, mix, kv, monkeypatch):
+    if kv == "streamed" and any(place == "device" for _, place in mix):
+        pytest.skip("K and V stream from the host")
+    config.num_hidden_layers = 5
+    placed(monkeypatch, [LayerPlacement(*entry) for entry in mix])
+    model, plain, batch = make_streamed(config, 10, kv=kv), make_model(config, "eager"), make_batch(2, 47)
+    want, want_grads = loss_and_gradients(plain, batch)
+    for _ in range(2):
+        model.zero_grad()
+        loss, grads = loss_and_gradients(model, batch)
+        assert abs(loss - want) <= 2e-6 * want
+        assert_gradients_close(grads, want_grads)
+    assert transfers_for(torch.device("cpu")).arena.used_bytes == 0
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_dropout_is_the_same_in_every_placement(mix, monkeypatch):
+    """A layer that runs two or three times draws the same masks each time."""
+    config = tiny_neox()
+    config.num_hidden_layers, config.hidden_dropout = 5, 0.3
+    results = []
+    for entries in ([("attention", "device")], mix):
+        placed(monkeypatch, [LayerPlacement(*entry) for entry in entries])
+        model = make_streamed(config, 10).train()
+        torch.manual_seed(3)
+        results.append(loss_and_gradients(model, make_batch(2, 47)))
+    assert torch.equal(torch.as_tensor(results[0][0]), torch.as_tensor(results[1][0]))
+    assert_gradients_close(results[1][1], results[0][1])
+
+
+def test_a_layer_whose_input_was_made_in_between_keeps_it(monkeypatch):
+    """`nothing` is only for a layer whose input the layer below returned; here a hook replaces it."""
+    config = tiny_llama()
+    config.num_hidden_layers = 4
+    placed(monkeypatch, [LayerPlacement("input", "host"), *[LayerPlacement("nothing", "host")] * 3])
+    model, plain, batch = make_streamed(config, 10), make_model(config, "eager"), make_batch(1, 47)
+    for one in (model, plain):
+        one.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    want, want_grads = loss_and_gradients(plain, batch)
+    loss, grads = loss_and_gradients(model, batch)
+    assert abs(loss - want) <= 2e-6 * want
+    assert_gradients_close(grads, want_grads)
+
+
+# ---- the interface ----
+
+
+def test_plan_of_a_model_without_memory():
+    model = llama(torch.bfloat16).to("meta")
+    plan = hf_fpdt.plan(model, seq_len=1 << 20, config=hf_fpdt.FPDTConfig(gpu_memory=80 << 30, host_memory=64 << 30))
+    assert plan.peaks.device <= 80 << 30
+    assert model.config._attn_implementation == "sdpa"
+    table = str(plan)
+    assert table.startswith("hf_fpdt: 1 x 1048576 tokens in 32 chunks of 32768, K and V resident")
+    assert "predicted peak" in table
+    with pytest.raises(ValueError, match="there is no GPU to ask"):
+        hf_fpdt.plan(model, seq_len=1024)
+
+
+def test_plan_of_a_model_on_a_cpu_says_what_would_run():
+    model = make_streamed(tiny_llama(), 10)
+    assert places(hf_fpdt.plan(model, seq_len=100)) == [("attention", "device")] * 2
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"seq_len": 1}, {"seq_len": 2.0}, {"seq_len": True}, {"seq_len": 10, "batch_size": 0}], ids=str
+)
+def test_bad_sizes(sizes):
+    with pytest.raises(ValueError, match="must be a whole number, at least"):
+        hf_fpdt.plan(make_streamed(tiny_llama(), 10), **sizes)
+
+
+def test_training_follows_the_plan_and_changes_nothing(caplog):
+    """The model that was measured gives the same loss and gradients as one that was not."""
+    config, batch = tiny_llama(), make_batch(2, 47)
+    want, want_grads = loss_and_gradients(make_model(config, "eager"), batch)
+    model = hf_fpdt.apply_fpdt(make_model(config, "sdpa"), hf_fpdt.FPDTConfig(chunk_size=10, gpu_memory=PLENTY))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with caplog.at_level("INFO", "hf_fpdt"):
+        loss, grads = loss_and_gradients(model, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert abs(loss - want) <= 2e-6 * want
+    assert_gradients_close(grads, want_grads)
+    assert "all activations of 2 layers, 0 to 1" in caplog.text
+    assert "predicted peak" in caplog.text
