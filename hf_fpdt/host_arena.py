@@ -76,7 +76,7 @@ class HostArena:
         fits = [(span[1], index, span) for index, spans in enumerate(self._free) for span in spans if span[1] >= size]
         if not fits:
             self._grow(size, limit_bytes)
-            return self.take(num_bytes)
+            return self.take(num_bytes, limit_bytes)
         _, index, (offset, available) = min(fits)
         self._free[index].remove((offset, available))
         if available > size:

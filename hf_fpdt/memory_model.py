@@ -228,7 +228,15 @@ class MemoryModel:
         total = sum(size for size, placement in zip(kept, placements, strict=True) if placement.place == place)
         if place == "host" and self.stream_kv:
             total += max(layer.key_value_sums for layer in self.model.layers) * self._tokens
+        if place == "host" and any(placement.place == "disk" for placement in placements):
+            total += self._through_host()
         return total + self._rebuilt(placements, place)
+
+    def _through_host(self) -> float:
+        """Host memory that tensors pass through on their way to the disk and back: those of two layers and a few chunks."""
+        layer = max(self.model.layers, key=lambda layer: layer.hidden + layer.attention + layer.key_value)
+        whole = layer.key_value * (self._chunk_tokens if self.stream_kv else self._tokens)
+        return 2 * whole + 4 * (layer.hidden + layer.attention) * self._chunk_tokens
 
     def _rebuilt(self, placements: Sequence[LayerPlacement], place: str) -> float:
         """The most that one group of layers takes when it runs again."""

@@ -140,11 +140,12 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
     with without_checkpointing(layers):
         run = partial(measure, forward, arguments, tokens.shape[1])
         plan = plan_of_call(model, layers, deferring_head(), tokens, config, run)
-        streamed = StreamedPass(plan, config.kernel, Places(config).keep)
+        places = Places(config, tokens.device)
+        streamed = StreamedPass(plan, config.kernel, places.keep)
         with running(streamed):
             output = forward(**arguments)
     if streamed.last_saved is not None:
-        Places.settle(tokens.device)  # before the loss, which takes a lot
+        places.settle()  # before the loss, which takes a lot
         streamed.last_saved.prefetch_first()  # the backward starts with the last layer: its copies run under the loss
     return output
 

@@ -86,7 +86,16 @@ def auto_chunks(monkeypatch):
 
 
 def test_public_names():
-    names = {"DeviceMemoryError", "FPDTConfig", "HostMemoryError", "__version__", "apply_fpdt", "plan", "restore"}
+    names = {
+        "DeviceMemoryError",
+        "DiskSpaceError",
+        "FPDTConfig",
+        "HostMemoryError",
+        "__version__",
+        "apply_fpdt",
+        "plan",
+        "restore",
+    }
     assert set(hf_fpdt.__all__) == names
     assert all(hasattr(hf_fpdt, name) for name in hf_fpdt.__all__)
 

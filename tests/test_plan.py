@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_fpdt
 from hf_fpdt import model_plan, step_plan
+from hf_fpdt.disk_file import disk_file_for
 from hf_fpdt.footprint import FREE, MARK, MemoryRecorder, footprint_of, peak_bytes
 from hf_fpdt.memory_model import LayerPlacement
 from hf_fpdt.transfers import transfers_for
@@ -242,6 +243,49 @@ MIXES = {
     "mixed": [("key_value", "host"), ("attention", "device"), ("all", "device"), ("attention", "host")],
     "after a group": [("input", "host"), ("nothing", "host"), ("attention", "host"), ("all", "device")],
 }
+
+
+DISK = {
+    "disk": [("attention", "disk")],
+    "disk and host": [("key_value", "disk"), ("attention", "disk"), ("attention", "host"), ("all", "device")],
+    "groups on disk": [("input", "disk"), ("nothing", "disk"), ("nothing", "disk")],
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mix", DISK.values(), ids=DISK)
+def test_a_file_is_exact(config, mix, monkeypatch, tmp_path):
+    config.num_hidden_layers = 5
+    placed(monkeypatch, [LayerPlacement(*entry) for entry in mix])
+    model, plain = make_streamed(config, 10, offload="disk", disk_folder=str(tmp_path)), make_model(config, "eager")
+    batch = make_batch(2, 47)
+    want, want_grads = loss_and_gradients(plain, batch)
+    for _ in range(2):
+        model.zero_grad()
+        loss, grads = loss_and_gradients(model, batch)
+        assert abs(loss - want) <= 2e-6 * want
+        assert_gradients_close(grads, want_grads)
+    file = disk_file_for(str(tmp_path), torch.device("cpu"))
+    assert file.file_bytes > 0 == file.used_bytes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_takes_what_the_host_cannot(tmp_path):
+    model, settings = llama(layers=8), {"gpu_memory": PLENTY, "recompute": True}
+    full = choose(model, offload="host", **settings)
+    plan = choose(model, offload="disk", disk_folder=str(tmp_path), host_memory=int(full.peaks.host * 0.7), **settings)
+    chosen = places(plan)
+    assert chosen == sorted(chosen, key=lambda place: place[1] == "host"), "the lowest layers wait longest"
+    assert {place for _, place in chosen} == {"disk", "host"}
+    assert {keeps for keeps, _ in chosen} == {"attention"}
+    assert plan.peaks.host <= full.peaks.host * 0.7
+    assert plan.peaks.disk + plan.peaks.host >= full.peaks.host
+
+
+def test_a_folder_that_is_not_there_is_refused():
+    model = make_streamed(tiny_llama(), 10, offload="disk", disk_folder="/nowhere/at/all")
+    with pytest.raises(ValueError, match=r"FPDTConfig\(disk_folder='/nowhere/at/all'\)"):
+        model(**make_batch(1, 47))
 
 
 @FAMILIES
