@@ -1,7 +1,9 @@
 """The plan of one call of a model: measured on a few of its tokens, made once a shape, logged."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from .config import FPDTConfig
 from .host_limits import RESERVE_BYTES, available_host_bytes
 from .memory_model import LossFootprint, ModelFootprint
 from .placement import Limits
-from .run_state import autocast_dtype
+from .run_state import autocast_dtype, preserved_random_state
 from .step_plan import Plan, make_plan, simple_plan
 from .streamed_pass import MeasuringPass, running
 from .transfers import transfers_for
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MEASURED_TOKENS = 512  # of every sequence; weights dominate at this length, see footprint.py
 _RESERVED_SHARE = 0.06  # of the GPU's memory, for what the allocator cannot use
+_ENGINES = ("deepspeed", "torch.distributed")
 _PLANS, _UNTRAINED = "_fpdt_plans", "_fpdt_untrained"
 
 
@@ -67,7 +70,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
     if no_backward or seq_len < 2 or (kind != "cuda" and config.gpu_memory == "auto"):
         return simple_plan(config, batch_size, seq_len, kind, len(layers))
     measured = MeasuringPass(min(seq_len, MEASURED_TOKENS), config.kernel)
-    with running(measured):
+    with preserved_random_state(device), _without_hooks(model), running(measured):
         measure(measured)
     grads = sum(_bytes(weight) for weight in trainable)
     in_layers = sum(layer.weight_grads for layer in measured.layers)
@@ -88,6 +91,21 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
     )
     shape = {"batch_size": batch_size, "seq_len": seq_len, "device_type": kind}
     return make_plan(footprint, config, limits, max_keys=MAX_BACKWARD_KEYS, **shape)
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """The hooks that users put on modules see training only; those of engines that gather weights stay."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [(module, name, module.__dict__[name]) for module in model.modules() for name in names]
+    for module, name, own in hooks:
+        kept = [(key, hook) for key, hook in own.items() if (getattr(hook, "__module__", "") or "").startswith(_ENGINES)]
+        module.__dict__[name] = OrderedDict(kept)
+    try:
+        yield
+    finally:
+        for module, name, own in hooks:
+            module.__dict__[name] = own
 
 
 def device_limit(config: FPDTConfig, device: torch.device) -> int | None:

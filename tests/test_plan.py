@@ -363,16 +363,31 @@ def test_bad_sizes(sizes):
         hf_fpdt.plan(make_streamed(tiny_llama(), 10), **sizes)
 
 
+def drawing(forward):
+    def draw(*args, **kwargs):
+        torch.rand(1)
+        return forward(*args, **kwargs)
+
+    return draw
+
+
 def test_training_follows_the_plan_and_changes_nothing(caplog):
     """The model that was measured gives the same loss and gradients as one that was not."""
-    config, batch = tiny_llama(), make_batch(2, 47)
+    config, batch = tiny_neox(), make_batch(2, 47)
     want, want_grads = loss_and_gradients(make_model(config, "eager"), batch)
-    model = hf_fpdt.apply_fpdt(make_model(config, "sdpa"), hf_fpdt.FPDTConfig(chunk_size=10, gpu_memory=PLENTY))
+    model = hf_fpdt.apply_fpdt(make_model(config, "sdpa"), hf_fpdt.FPDTConfig(chunk_size=10, gpu_memory=PLENTY)).train()
+    model.gpt_neox.rotary_emb.forward = drawing(model.gpt_neox.rotary_emb.forward)
+    seen = []
+    model.gpt_neox.layers[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with caplog.at_level("INFO", "hf_fpdt"):
         loss, grads = loss_and_gradients(model, batch)
-    assert torch.equal(torch.get_rng_state(), state)
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), drawn), "measuring draws nothing"
+    assert seen == [(2, 47, config.hidden_size)], "nor do hooks see it"
     assert abs(loss - want) <= 2e-6 * want
     assert_gradients_close(grads, want_grads)
     assert "all activations of 2 layers, 0 to 1" in caplog.text
