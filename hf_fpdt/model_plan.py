@@ -1,7 +1,6 @@
 """The plan of one call of a model: measured on a few of its tokens, made once a shape, logged."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -95,17 +94,23 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """The hooks that users put on modules see training only; those of engines that gather weights stay."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    hooks = [(module, name, module.__dict__[name]) for module in model.modules() for name in names]
-    for module, name, own in hooks:
-        kept = [(key, hook) for key, hook in own.items() if (getattr(hook, "__module__", "") or "").startswith(_ENGINES)]
-        module.__dict__[name] = OrderedDict(kept)
+    """
+    The hooks that users put on modules see training only. Those of engines that gather weights stay, and so do those that
+    transformers puts there inside, once for all.
+    """
+    hooks = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    before = [list(own.items()) for own in hooks]
+    for own, items in zip(hooks, before, strict=True):
+        for key, hook in items:
+            if not (getattr(hook, "__module__", "") or "").startswith(_ENGINES):
+                del own[key]
     try:
         yield
     finally:
-        for module, name, own in hooks:
-            module.__dict__[name] = own
+        for own, items in zip(hooks, before, strict=True):
+            new = [item for item in own.items() if item not in items]
+            own.clear()
+            own.update([*items, *new])
 
 
 def device_limit(config: FPDTConfig, device: torch.device) -> int | None:

@@ -159,8 +159,9 @@ def measure(forward: Callable, arguments: dict[str, Any], seq_len: int, measured
         cut = value[:, : measured.seq_len] if value.ndim > 1 and value.shape[1] == seq_len else value[: measured.seq_len]
         return cut.detach()
 
+    collected = {name: False for name in ("output_hidden_states", "output_attentions") if arguments.get(name)}
     with torch.no_grad():
-        forward(**{name: first(value) for name, value in arguments.items()})
+        forward(**{name: first(value) for name, value in arguments.items()} | collected)
 
 
 @torch.compiler.disable  # the compiler leaves it alone, so that it is this error that arrives
