@@ -1,5 +1,5 @@
 """
-What is compared: each function builds a model on the GPU, random weights, and returns it with the function that does one
+What is compared. `prepare` does what needs no GPU; `build` makes a model, random weights, and the function that does one
 forward and backward on token ids `[1, seq_len]` and returns the loss.
 
 `sdpa`      transformers' SDPA attention and activation checkpointing.
@@ -10,6 +10,7 @@ forward and backward on token ids `[1, seq_len]` and returns the loss.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import math
 import os
@@ -20,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
 
-def build(name: str, config, fpdt_settings: dict):
-    """The model and its step for a contender's name."""
+def prepare(name: str, lora: int = 0) -> None:
+    """Imports what the contender needs and changes transformers' classes as it wants them. No CUDA context is made."""
     if name in ("liger", "fpdt+liger"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -29,7 +30,25 @@ def build(name: str, config, fpdt_settings: dict):
     if name == "alst":
         _tile_llama_mlp()
         _offload_checkpoints()
-    model = _model(config, "fpdt" if name.startswith("fpdt") else "sdpa")
+    if name.startswith("fpdt"):
+        import hf_fpdt  # noqa: F401  (makes the name known)
+
+        with contextlib.suppress(Exception):  # optional, and hf_fpdt says why it cannot be used
+            importlib.import_module("flash_attn.cute.interface")
+    if lora:
+        import peft  # noqa: F401
+
+
+def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora: int = 0):
+    """
+    The model and its step for a contender's name, after `prepare`.
+
+    Args:
+        lora: rank of adapters on the four projections of attention, everything else frozen; 0 trains all weights.
+    """
+    model = _model(config, "fpdt" if name.startswith("fpdt") else "sdpa", device)
+    if lora:
+        _add_adapters(model, lora)
     if name.startswith("fpdt"):
         import hf_fpdt
 
@@ -38,18 +57,26 @@ def build(name: str, config, fpdt_settings: dict):
     model.gradient_checkpointing_enable({"use_reentrant": name == "alst"})
     if name == "sdpa":
         return model, partial(_step, model, contextlib.nullcontext)
+    if name == "alst" and lora:
+        model.enable_input_require_grads()  # reentrant checkpoints have no gradients otherwise
     cudnn = partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION])
     return model, partial(_tiled_step if name == "alst" else _step, model, cudnn)
 
 
-def _model(config, attn_implementation: str):
-    if attn_implementation == "fpdt":
-        import hf_fpdt  # noqa: F401  (makes the name known)
+def _model(config, attn_implementation: str, device: str):
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     config._attn_implementation = attn_implementation
-    with torch.device("cuda"):
+    with torch.device(device):
         return LlamaForCausalLM(config).train()
+
+
+def _add_adapters(model, rank: int) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    # In place, so the model itself is trained and not the wrapper. In bfloat16 like the rest: fp32 adapters widen their input.
+    get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), autocast_adapter_dtype=False)
 
 
 def _step(model, context, ids):

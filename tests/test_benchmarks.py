@@ -1,20 +1,21 @@
 """The arithmetic of the benchmarks: a wrong number here would be published as a result."""
 
-import argparse
 import io
+import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import ballast, chunk_sizes, contenders, growth, overlap, point, train_step
+from benchmarks import ballast, contenders, point, train_step
 from benchmarks.ahead import Outcome, run_ahead
-from benchmarks.overlap import hidden_fraction, marks_of, read_lanes, union
 from benchmarks.point import Spec
 from benchmarks.result_files import read_calls, read_rows, table
 from benchmarks.shapes import llama_config, step_flops
@@ -31,7 +32,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     [("llama-3.1-8b", 32, 8_030_261_248), ("llama-3.2-3b", 28, 3_212_749_824), ("llama-3.2-1b", 16, 1_235_814_400)],
 )
 def test_shapes_are_those_of_the_models(shape, layers, parameters):
-    with torch.device("meta"):
+    with FakeTensorMode():  # no memory is taken
         model = LlamaForCausalLM(llama_config(shape, layers))
     assert model.num_parameters() == parameters
 
@@ -74,7 +75,7 @@ def test_the_next_process_gets_ready_while_one_works():
     command = [sys.executable, "-c", CHILD]
     times = [json.loads(outcome.stdout) for outcome in run_ahead([command] * 3, lambda: True)]
     assert [one["line"] for one in times] == ["go\n"] * 3
-    for before, after in zip(times, times[1:], strict=False):
+    for before, after in itertools.pairwise(times):
         assert after["ready"] < before["end"] <= after["going"]
     assert times[2]["begun"] >= times[0]["end"]  # one ahead, not more
 
@@ -91,12 +92,15 @@ def test_crashes_do_not_stop_the_rest_and_nothing_runs_late():
 
 
 def test_a_waiting_process_ends_with_the_generator(tmp_path):
-    mark = tmp_path / "ran"
-    waits = [sys.executable, "-c", f"input(); open({str(mark)!r}, 'w')"]
-    outcomes = run_ahead([[sys.executable, "-c", ""], waits], lambda: True)
+    mark = tmp_path / "pid"
+    waits = [sys.executable, "-c", f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"]
+    outcomes = run_ahead([[sys.executable, "-c", "import time; time.sleep(1)"], waits], lambda: True)
     next(outcomes)
+    while not mark.exists() or not mark.read_text():
+        time.sleep(0.01)
     outcomes.close()
-    assert not mark.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
 
 
 SPEC = Spec(contender="fpdt", seq_len=256, shape="tiny", layers=2, fpdt={"chunk_size": 64}, device="cpu")
@@ -201,14 +205,18 @@ def test_a_point_counts_weights_gradients_and_states(default_dtype, lora, optimi
 def test_losses_that_are_not_finite_fail(monkeypatch, default_dtype):
     model = LlamaForCausalLM(llama_config("tiny", 1))
     losses = iter([1.0, float("nan"), 1.0])
-    monkeypatch.setattr(contenders, "build", lambda *args, **kwargs: (model, lambda ids: torch.tensor(next(losses))))
+
+    def step(ids):
+        assert model.lm_head.weight.grad is None  # every step starts without gradients
+        model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+        return torch.tensor(next(losses))
+
+    monkeypatch.setattr(contenders, "build", lambda *args, **kwargs: (model, step))
     assert "not all finite" in point.measure(SPEC)["error"]
 
 
-def test_memory_and_prediction_on_a_gpu(monkeypatch):
+def test_memory_on_a_gpu(monkeypatch):
     """Peak above what is there in every step: 8 GiB less weights, gradients, states and ballast."""
-    import hf_fpdt.modeling
-
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 << 30)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 9 << 30)
     monkeypatch.setattr(point, "_host_gib", lambda device: 3.0)
@@ -222,11 +230,16 @@ def test_memory_and_prediction_on_a_gpu(monkeypatch):
     assert row["optimizer_gib"] == (2 * 2**22 + 4) / 2**30
     assert row["peak_above_gib"] == pytest.approx(8 - (4 * 2**22 + 4) / 2**30 - 0.75)
     assert (row["peak_gib"], row["reserved_gib"], row["host_gib"]) == (8, 9, 3)
-    plan = SimpleNamespace(predicted_peak_bytes=5 << 30, host_bytes=2 << 30)
-    monkeypatch.setattr(hf_fpdt.modeling, "last_plan", lambda model: plan, raising=False)
-    assert point._predicted(SPEC, model) == {"predicted_peak_gib": 5, "predicted_host_gib": 2}
-    monkeypatch.setattr(hf_fpdt.modeling, "last_plan", lambda model: None)
-    assert point._predicted(SPEC, model) == {}
+
+
+def test_the_plan_of_a_run_is_in_its_row(default_dtype):
+    settings = {"chunk_size": 64, "gpu_memory": 1 << 30, "offload": "host", "recompute": True, "kernel": "naive"}
+    row = point.measure(Spec(**(vars(SPEC) | {"fpdt": settings})))
+    kept = 2 * 256 * (2 * (64 + 2 * 32 + 64) + 4 * 4)  # layers * tokens * bytes of x, K, V, out and lse
+    assert row["predicted_host_gib"] * 2**30 == pytest.approx(kept, rel=1e-3)
+    assert 0 < row["predicted_peak_gib"] < 1
+    assert "chunks of 64" in row["plan"][0]
+    assert "predicted_peak_gib" not in point.measure(SPEC)  # nothing is measured on a CPU without a limit
 
 
 def test_running_out_of_memory_is_told_from_a_crash():
@@ -253,176 +266,6 @@ def test_ballast_is_what_the_absent_layers_would_hold(frozen, optimizer, copies)
     assert held.row()["host_gib"] == 2**-9
     for piece in held.held[2:]:
         piece.give_back()
-
-
-# Drawings and fits of results
-
-
-def _row(contender, seq_len, peak, **more):
-    row = {"contender": contender, "seq_len": seq_len, "layers": 4, "shape": "llama-3.1-8b", "gpu": "G", "step_s": 1.0}
-    return row | {"peak_gib": peak, "weights_and_grads_gib": 7.0} | more
-
-
-def test_growth_is_a_fitted_slope(tmp_path):
-    """Lines of 30 and 200 KiB a token; the fit against numpy's where the points are off the line."""
-    import numpy
-
-    noise = {1 << 16: 0.5, 1 << 17: -0.25, 1 << 18: 0.125}
-    rows = [_row("liger", n, 7.5 + n * 200 / 2**20) for n in noise]
-    rows += [_row("fpdt", n, 9 + n * 30 / 2**20 + noise[n], fpdt={"kv": "resident"}) for n in noise]
-    rows += [_row("alst", 1 << 16, 20.0), _row("liger", 1 << 18, 99.0, layers=1)]  # one length, another depth: no line
-    rows += [{"contender": "liger", "seq_len": 1 << 19, "out_of_memory": True}]
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps({"header": {}, "rows": rows}))
-    liger, fpdt = growth.growths(read_rows([path]))
-    assert liger.kib_per_token == pytest.approx(200)
-    assert liger.fixed_gib == pytest.approx(0.5)
-    want = numpy.polyfit(list(noise), [row["peak_gib"] - 7 for row in rows if row["contender"] == "fpdt"], 1)
-    assert fpdt.kib_per_token == pytest.approx(want[0] * 2**20)
-    assert growth.ratio(fpdt, liger) == pytest.approx(want[0] * 2**20 / 200)
-    text = growth.report([liger, fpdt])
-    assert len(text) == 3
-    assert text[2].strip().startswith(f"{want[0] * 2**20 / 200:.3f} of liger's 200.00 KiB")
-
-
-def test_the_picture_of_chunk_sizes(tmp_path):
-    def point_of(kv, size, step_s, peak):
-        return _row("fpdt", 1 << 17, peak, fpdt={"chunk_size": size, "kv": kv}) | {"step_s": step_s}
-
-    rows = [point_of("streamed", 8192, 3.0, 9.0), point_of("streamed", 4096, 4.0, 8.0), point_of("resident", 4096, 2.0, 10.0)]
-    series, title = chunk_sizes.lines([*rows, _row("liger", 1 << 17, 50.0), _row("fpdt", 1 << 17, 50.0, fpdt={})])
-    assert series == {"resident": [(4096, 2.0, 10.0)], "streamed": [(4096, 4.0, 8.0), (8192, 3.0, 9.0)]}
-    assert "131,072 tokens" in title
-    figure = chunk_sizes.draw(series, title, tmp_path / "chunks.png")
-    seconds, memory = figure.axes
-    assert [list(line.get_ydata()) for line in seconds.lines] == [[2.0], [4.0, 3.0]]
-    assert [list(line.get_ydata()) for line in memory.lines] == [[10.0], [8.0, 9.0]]
-    assert [label.get_text() for label in seconds.get_xticklabels()] == ["4K", "8K"]
-    assert "seconds" in seconds.get_ylabel()
-    assert "GiB" in memory.get_ylabel()
-    assert (tmp_path / "chunks.png").stat().st_size > 1000
-    for bad, text in (([*rows, rows[0]], "twice"), ([*rows, rows[0] | {"seq_len": 1}], "differ in seq_len"), ([], "no row")):
-        with pytest.raises(ValueError, match=text):
-            chunk_sizes.lines(bad)
-    assert len(chunk_sizes.lines([*rows, rows[0] | {"seq_len": 1}], seq_len=1)[0]["streamed"]) == 1
-
-
-# Overlap
-
-
-@pytest.mark.parametrize(
-    ("copies", "compute", "want"),
-    [
-        ([(0, 10)], [(0, 10)], 1.0),
-        ([(0, 10)], [(10, 20)], 0.0),
-        ([(0, 10)], [(5, 20)], 0.5),
-        ([(0, 10), (5, 15)], [(0, 3), (2, 6), (12, 30)], 9 / 15),
-        ([(0, 2), (8, 10)], [(1, 9)], 0.5),
-        ([(0, 4), (6, 10)], [(1, 2), (3, 7), (9, 9.5)], 3.5 / 8),
-        ([], [(0, 1)], None),
-    ],
-)
-def test_hidden_fraction(copies, compute, want):
-    got = hidden_fraction(copies, compute)
-    assert got == (want if want is None else pytest.approx(want))
-
-
-def test_union_of_intervals():
-    assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
-
-
-def _event(cat, name, ts, dur, tid=7, **args):
-    return {"ph": "X", "cat": cat, "name": name, "pid": 0, "tid": tid, "ts": ts, "dur": dur, "args": args}
-
-
-MIB = 1 << 20
-MARKS = {"output of layer 0": 100, "output of layer 1": 200, "gradient of layer 1": 300, "gradient of layer 0": 500}
-
-
-def _trace(marks_on_gpu: bool) -> dict:
-    """As the profiler writes it: layers of 100 microseconds forward and 200 backward, with copies of 40 and 100."""
-    to_host, to_device = "Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD (Pinned -> Device)"
-    events = [
-        _event("kernel", "gemm", 0, 450, stream=7, correlation=1),
-        _event("gpu_memcpy", to_host, 120, 40, 20, bytes=64 * MIB, stream=20),
-        _event("gpu_memcpy", to_device, 400, 100, 24, bytes=64 * MIB, stream=24),
-        _event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 470, 30, bytes=4),
-        _event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 0, 9, bytes=64 * MIB),
-        _event("gpu_memset", "Memset (Device)", 460, 40, bytes=64 * MIB),
-        _event("cpu_op", "aten::mm", 0, 1),
-        {"ph": "M", "name": "process_name"},
-    ]
-    for index, (name, ts) in enumerate(MARKS.items()):
-        launched = ts / 10  # the CPU is ahead
-        events.append(_event("user_annotation", overlap.MARK + name, launched, 3, 99))
-        events.append(_event("cuda_runtime", "cudaLaunchKernel", launched + 1, 1, 99, correlation=50 + index))
-        events.append(_event("cuda_runtime", "cudaLaunchKernel", launched + 1, 1, 98, correlation=1))  # of another thread
-        events.append(_event("kernel", "add", ts, 1, correlation=50 + index))
-        if marks_on_gpu:
-            events.append(_event("gpu_user_annotation", overlap.MARK + name, ts, 1))
-    return {"traceEvents": events, "deviceProperties": [{"id": 0, "name": "NVIDIA H200"}]}
-
-
-@pytest.mark.parametrize("marks_on_gpu", [True, False])
-def test_marks_of_a_trace(marks_on_gpu):
-    assert marks_of(_trace(marks_on_gpu)) == MARKS
-    assert marks_of({"traceEvents": []}) == {}
-
-
-def test_only_large_copies_of_the_two_directions_count():
-    lanes = read_lanes(_trace(True))
-    assert (lanes["to host"], lanes["to device"]) == ([(120, 160)], [(400, 500)])
-    assert union(lanes["compute"]) == [(0, 450), (500, 501)]
-    unsized = [_event("kernel", "gemm", 0, 1), *(_event("gpu_memcpy", f"Memcpy DtoH (Device -> {x})", 1, 2) for x in ("Pinned", "Pageable"))]  # fmt: skip
-    assert read_lanes({"traceEvents": unsized})["to host"] == [(1, 3)]
-    with pytest.raises(ValueError, match="no GPU kernels"):
-        read_lanes({"traceEvents": unsized[1:]})
-
-
-def _overlap(tmp_path, trace, *options) -> dict:
-    (tmp_path / "trace.json").write_text(json.dumps(trace))
-    words = ["--trace", str(tmp_path / "trace.json"), "--out", str(tmp_path / "overlap"), *options]
-    subprocess.run([sys.executable, "-m", "benchmarks.overlap", *words], check=True, cwd=ROOT)
-    assert (tmp_path / "overlap.png").stat().st_size > 1000
-    (call,) = read_calls(tmp_path / "overlap.json")
-    assert call["header"]["gpu"] == "NVIDIA H200"
-    assert str(tmp_path) not in json.dumps(call)
-    return call["rows"][0]
-
-
-def test_overlap_of_a_layers_two_passes(tmp_path):
-    row = _overlap(tmp_path, _trace(True))
-    assert row["step"]["hidden"] == {"to host": 1.0, "to device": 0.5, "either": pytest.approx(90 / 140)}
-    forward, backward = row["panels"]["forward of layer 1"], row["panels"]["backward of layer 1"]
-    assert forward["hidden"]["to host"] == 1.0
-    assert forward["hidden"]["to device"] is None
-    assert forward["seconds"]["to host"] == pytest.approx(40e-6)
-    assert backward["hidden"]["to device"] == 0.5
-    assert backward["seconds"] == pytest.approx({"compute": 150e-6, "to host": 0.0, "to device": 100e-6})
-
-
-def test_a_trace_without_marks_is_one_panel(tmp_path):
-    trace = _trace(True)
-    trace["traceEvents"] = [event for event in trace["traceEvents"] if not event["name"].startswith(overlap.MARK)]
-    assert list(_overlap(tmp_path, trace)["panels"]) == ["step"]
-
-
-def test_the_marks_of_a_real_step(tmp_path, default_dtype):
-    """Each layer's output, in order, then each gradient of an output, in reverse: once each, though layers run in chunks."""
-    settings = '{"chunk_size": 64, "offload": "host"}'
-    args = argparse.Namespace(shape="tiny", layers=3, contender="fpdt", fpdt=settings, seq_len=256)
-    trace = json.loads(overlap.profile_step(args, tmp_path / "trace.json", device="cpu").read_text())
-    marks = [event for event in trace["traceEvents"] if event.get("name", "").startswith(overlap.MARK)]
-    names = [event["name"].removeprefix(overlap.MARK) for event in sorted(marks, key=lambda event: event["ts"])]
-    assert names == [f"output of layer {i}" for i in range(3)] + [f"gradient of layer {i}" for i in (2, 1, 0)]
-    assert {event["cat"] for event in marks} == {"user_annotation"}
-
-
-def test_the_settings_that_overlap_profiles_are_valid():
-    import hf_fpdt
-
-    config = hf_fpdt.FPDTConfig(**json.loads(overlap.SETTINGS))
-    assert config.offload == "host"
 
 
 # Published results
