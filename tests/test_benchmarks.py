@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import ballast, contenders, point, train_step
+from benchmarks import ballast, chunk_sizes, contenders, growth, point, train_step
 from benchmarks.ahead import Outcome, run_ahead
 from benchmarks.point import Spec
 from benchmarks.result_files import read_calls, read_rows, table
@@ -266,6 +266,58 @@ def test_ballast_is_what_the_absent_layers_would_hold(frozen, optimizer, copies)
     assert held.row()["host_gib"] == 2**-9
     for piece in held.held[2:]:
         piece.give_back()
+
+
+# Drawings and fits of results
+
+
+def _row(contender, seq_len, peak, **more):
+    row = {"contender": contender, "seq_len": seq_len, "layers": 4, "shape": "llama-3.1-8b", "gpu": "G", "step_s": 1.0}
+    return row | {"peak_gib": peak, "weights_and_grads_gib": 7.0} | more
+
+
+def test_growth_is_a_fitted_slope(tmp_path):
+    """Lines of 30 and 200 KiB a token; the fit against numpy's where the points are off the line."""
+    import numpy
+
+    noise = {1 << 16: 0.5, 1 << 17: -0.25, 1 << 18: 0.125}
+    rows = [_row("liger", n, 7.5 + n * 200 / 2**20) for n in noise]
+    rows += [_row("fpdt", n, 9 + n * 30 / 2**20 + noise[n], fpdt={"kv": "resident"}) for n in noise]
+    rows += [_row("alst", 1 << 16, 20.0), _row("liger", 1 << 18, 99.0, layers=1)]  # one length, another depth: no line
+    rows += [{"contender": "liger", "seq_len": 1 << 19, "out_of_memory": True}, _row("liger", 1 << 19, 99.0, error="NaN")]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"header": {}, "rows": rows}))
+    liger, fpdt = growth.growths(read_rows([path]))
+    assert liger.kib_per_token == pytest.approx(200)
+    assert liger.fixed_gib == pytest.approx(0.5)
+    want = numpy.polyfit(list(noise), [row["peak_gib"] - 7 for row in rows if row["contender"] == "fpdt"], 1)
+    assert fpdt.kib_per_token == pytest.approx(want[0] * 2**20)
+    assert growth.ratio(fpdt, liger) == pytest.approx(want[0] * 2**20 / 200)
+    text = growth.report([liger, fpdt])
+    assert len(text) == 3
+    assert text[2].strip().startswith(f"{want[0] * 2**20 / 200:.3f} of liger's 200.00 KiB")
+
+
+def test_the_picture_of_chunk_sizes(tmp_path):
+    def point_of(kv, size, step_s, peak):
+        return _row("fpdt", 1 << 17, peak, fpdt={"chunk_size": size, "kv": kv}) | {"step_s": step_s}
+
+    rows = [point_of("streamed", 8192, 3.0, 9.0), point_of("streamed", 4096, 4.0, 8.0), point_of("resident", 4096, 2.0, 10.0)]
+    series, title = chunk_sizes.lines([*rows, _row("liger", 1 << 17, 50.0), _row("fpdt", 1 << 17, 50.0, fpdt={})])
+    assert series == {"resident": [(4096, 2.0, 10.0)], "streamed": [(4096, 4.0, 8.0), (8192, 3.0, 9.0)]}
+    assert "131,072 tokens" in title
+    figure = chunk_sizes.draw(series, title, tmp_path / "chunks.png")
+    seconds, memory = figure.axes
+    assert [list(line.get_ydata()) for line in seconds.lines] == [[2.0], [4.0, 3.0]]
+    assert [list(line.get_ydata()) for line in memory.lines] == [[10.0], [8.0, 9.0]]
+    assert [label.get_text() for label in seconds.get_xticklabels()] == ["4K", "8K"]
+    assert "seconds" in seconds.get_ylabel()
+    assert "GiB" in memory.get_ylabel()
+    assert (tmp_path / "chunks.png").stat().st_size > 1000
+    for bad, text in (([*rows, rows[0]], "twice"), ([*rows, rows[0] | {"seq_len": 1}], "differ in seq_len"), ([], "no row")):
+        with pytest.raises(ValueError, match=text):
+            chunk_sizes.lines(bad)
+    assert len(chunk_sizes.lines([*rows, rows[0] | {"seq_len": 1}], seq_len=1)[0]["streamed"]) == 1
 
 
 # Published results
