@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks: a wrong number here would be published as a result."""
 
+import argparse
 import io
 import itertools
 import json
@@ -14,8 +15,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import ballast, chunk_sizes, contenders, growth, point, train_step
+from benchmarks import ballast, chunk_sizes, contenders, growth, overlap, point, train_step
 from benchmarks.ahead import Outcome, run_ahead
+from benchmarks.overlap import hidden_fraction, marks_of, read_lanes, union
 from benchmarks.point import Spec
 from benchmarks.result_files import read_calls, read_rows, table
 from benchmarks.shapes import llama_config, step_flops
@@ -318,6 +320,125 @@ def test_the_picture_of_chunk_sizes(tmp_path):
         with pytest.raises(ValueError, match=text):
             chunk_sizes.lines(bad)
     assert len(chunk_sizes.lines([*rows, rows[0] | {"seq_len": 1}], seq_len=1)[0]["streamed"]) == 1
+
+
+# Overlap
+
+
+@pytest.mark.parametrize(
+    ("copies", "compute", "want"),
+    [
+        ([(0, 10)], [(0, 10)], 1.0),
+        ([(0, 10)], [(10, 20)], 0.0),
+        ([(0, 10)], [(5, 20)], 0.5),
+        ([(0, 10), (5, 15)], [(0, 3), (2, 6), (12, 30)], 9 / 15),
+        ([(0, 2), (8, 10)], [(1, 9)], 0.5),
+        ([(0, 4), (6, 10)], [(1, 2), (3, 7), (9, 9.5)], 3.5 / 8),
+        ([], [(0, 1)], None),
+    ],
+)
+def test_hidden_fraction(copies, compute, want):
+    got = hidden_fraction(copies, compute)
+    assert got == (want if want is None else pytest.approx(want))
+
+
+def test_union_of_intervals():
+    assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+
+
+def _event(cat, name, ts, dur, tid=7, **args):
+    return {"ph": "X", "cat": cat, "name": name, "pid": 0, "tid": tid, "ts": ts, "dur": dur, "args": args}
+
+
+MIB = 1 << 20
+MARKS = {"output of layer 0": 100, "output of layer 1": 200, "gradient of layer 1": 300, "gradient of layer 0": 500}
+
+
+def _trace(marks_on_gpu: bool) -> dict:
+    """As the profiler writes it: layers of 100 microseconds forward and 200 backward, with copies of 40 and 100."""
+    to_host, to_device = "Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD (Pinned -> Device)"
+    events = [
+        _event("kernel", "gemm", 0, 450, stream=7, correlation=1),
+        _event("gpu_memcpy", to_host, 120, 40, 20, bytes=64 * MIB, stream=20),
+        _event("gpu_memcpy", to_device, 400, 100, 24, bytes=64 * MIB, stream=24),
+        _event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 470, 30, bytes=4),
+        _event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 0, 9, bytes=64 * MIB),
+        _event("gpu_memset", "Memset (Device)", 460, 40, bytes=64 * MIB),
+        _event("cpu_op", "aten::mm", 0, 1),
+        {"ph": "M", "name": "process_name"},
+    ]
+    for index, (name, ts) in enumerate(MARKS.items()):
+        launched = ts / 10  # the CPU is ahead
+        events.append(_event("user_annotation", overlap.MARK + name, launched, 3, 99))
+        events.append(_event("cuda_runtime", "cudaLaunchKernel", launched + 1, 1, 99, correlation=50 + index))
+        events.append(_event("cuda_runtime", "cudaLaunchKernel", launched + 1, 1, 98, correlation=1))  # of another thread
+        events.append(_event("kernel", "add", ts, 1, correlation=50 + index))
+        if marks_on_gpu:
+            events.append(_event("gpu_user_annotation", overlap.MARK + name, ts, 1))
+    return {"traceEvents": events, "deviceProperties": [{"id": 0, "name": "NVIDIA H200"}]}
+
+
+@pytest.mark.parametrize("marks_on_gpu", [True, False])
+def test_marks_of_a_trace(marks_on_gpu):
+    assert marks_of(_trace(marks_on_gpu)) == MARKS
+    assert marks_of({"traceEvents": []}) == {}
+
+
+def test_only_large_copies_of_the_two_directions_count():
+    lanes = read_lanes(_trace(True))
+    assert (lanes["to host"], lanes["to device"]) == ([(120, 160)], [(400, 500)])
+    assert union(lanes["compute"]) == [(0, 450), (500, 501)]
+    names = ("Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH (Device -> Pageable)")
+    unsized = [_event("kernel", "gemm", 0, 1), *(_event("gpu_memcpy", name, 1, 2) for name in names)]
+    assert read_lanes({"traceEvents": unsized})["to host"] == [(1, 3)]
+    with pytest.raises(ValueError, match="no GPU kernels"):
+        read_lanes({"traceEvents": unsized[1:]})
+
+
+def _overlap(tmp_path, trace, *options) -> dict:
+    (tmp_path / "trace.json").write_text(json.dumps(trace))
+    words = ["--trace", str(tmp_path / "trace.json"), "--out", str(tmp_path / "overlap"), *options]
+    subprocess.run([sys.executable, "-m", "benchmarks.overlap", *words], check=True, cwd=ROOT)
+    assert (tmp_path / "overlap.png").stat().st_size > 1000
+    (call,) = read_calls(tmp_path / "overlap.json")
+    assert call["header"]["gpu"] == "NVIDIA H200"
+    assert str(tmp_path) not in json.dumps(call)
+    return call["rows"][0]
+
+
+def test_overlap_of_a_layers_two_passes(tmp_path):
+    row = _overlap(tmp_path, _trace(True))
+    assert row["step"]["hidden"] == {"to host": 1.0, "to device": 0.5, "either": pytest.approx(90 / 140)}
+    forward, backward = row["panels"]["forward of layer 1"], row["panels"]["backward of layer 1"]
+    assert forward["hidden"]["to host"] == 1.0
+    assert forward["hidden"]["to device"] is None
+    assert forward["seconds"]["to host"] == pytest.approx(40e-6)
+    assert backward["hidden"]["to device"] == 0.5
+    assert backward["seconds"] == pytest.approx({"compute": 150e-6, "to host": 0.0, "to device": 100e-6})
+
+
+def test_a_trace_without_marks_is_one_panel(tmp_path):
+    trace = _trace(True)
+    trace["traceEvents"] = [event for event in trace["traceEvents"] if not event["name"].startswith(overlap.MARK)]
+    assert list(_overlap(tmp_path, trace)["panels"]) == ["step"]
+
+
+def test_the_marks_of_a_real_step(tmp_path, default_dtype):
+    """Each layer's output, in order, then each gradient of an output, in reverse: once each, though layers run in chunks."""
+    settings = '{"chunk_size": 64, "offload": "host"}'
+    args = argparse.Namespace(shape="tiny", layers=3, contender="fpdt", fpdt=settings, seq_len=256)
+    trace = json.loads(overlap.profile_step(args, tmp_path / "trace.json", device="cpu").read_text())
+    marks = [event for event in trace["traceEvents"] if event.get("name", "").startswith(overlap.MARK)]
+    names = [event["name"].removeprefix(overlap.MARK) for event in sorted(marks, key=lambda event: event["ts"])]
+    assert names == [f"output of layer {i}" for i in range(3)] + [f"gradient of layer {i}" for i in (2, 1, 0)]
+    assert {event["cat"] for event in marks} == {"user_annotation"}
+
+
+def test_the_settings_that_overlap_profiles_are_valid():
+    import hf_fpdt
+
+    config = hf_fpdt.FPDTConfig(**json.loads(overlap.SETTINGS))
+    assert config.offload == "host"
 
 
 # Published results
