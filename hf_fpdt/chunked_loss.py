@@ -107,6 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if needs_grad_hidden:
                 grad_hidden[rows] = grads[0]
             sums.add(grads[needs_grad_hidden:])
+            del hidden_chunk, grads  # not beside those of the next chunk
         ctx.grad_hidden, ctx.sums, ctx.like = grad_hidden, (sums if chunks else None), weights
         return total
 

@@ -59,7 +59,7 @@ def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):
     running, forward = active_pass(), inner_forward(norm)
     if running is None or kwargs or len(args) != 1 or args[0].ndim != 3 or args[0].shape[1] != running.seq_len:
         return forward(*args, **kwargs)
-    return stream_tokens(norm, forward, args[0], running.spans)
+    return stream_tokens(norm, forward, args[0], running.spans, running.keep_last)
 
 
 def _arguments_of_chunk(arguments: dict[str, Any], seq_len: int, span: tuple[int, int]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from the last to the first, the embedding's backward. In each the model counts w
 device, what the phase needs for the whole sequence, and the intermediates of one chunk.
 
     forward of a layer    whole sequence: x, y, K, V, and the first layer's input, which transformers' model holds
-    loss                  whole sequence: the last output, its norm, and the gradient of that; fp32 sums of the head's gradient
+    loss                  whole sequence: the last norm's output and its gradient, and its input unless that is kept elsewhere;
+                          fp32 sums of the head's gradient
     backward of a layer   whole sequence: grad_y (grad_x takes its place), K, V and their fp32 gradients; fp32 sums of the
                           weights' gradients; x, out and lse of this chunk and the next; near the end, what the layer below
                           needs first
@@ -156,7 +157,7 @@ class MemoryModel:
             below += kept[index] if placements[index].place == "device" else 0
         grads = 0 if held or model.loss is None else model.loss.head_grads
         start = base + below + self._prefetched(len(placements) - 1, placements)
-        phases.append((start + self._loss(), "loss"))
+        phases.append((start + self._loss(placements[-1]), "loss"))
         for index in reversed(range(len(placements))):
             if placements[index].keeps in ("input", "nothing"):
                 again = model.layers[index].hidden * self._tokens + self._forward(model.layers[index], index)
@@ -195,11 +196,10 @@ class MemoryModel:
         several = 2 * layer.key_value + (2 + _PENDING_SUMS) * layer.key_value_sums
         return (several if self.num_chunks > 1 else layer.key_value) * self._chunk_tokens
 
-    def _loss(self) -> float:
+    def _loss(self, last_placement: LayerPlacement) -> float:
         last, loss = self.model.layers[-1], self.model.loss
-        if loss is None:
-            return 2 * last.hidden * self._tokens
-        return 3 * last.hidden * self._tokens + loss.chunk + loss.head_sums
+        kept = last.hidden * self._tokens * (1 + (last_placement.place == "device"))
+        return kept if loss is None else kept + last.hidden * self._tokens + loss.chunk + loss.head_sums
 
     def _backward(self, index: int, placements: Sequence[LayerPlacement]) -> float:
         layer, placement = self.model.layers[index], placements[index]
@@ -226,6 +226,8 @@ class MemoryModel:
 
     def _waiting(self, kept: Sequence[float], placements: Sequence[LayerPlacement], place: str) -> float:
         total = sum(size for size, placement in zip(kept, placements, strict=True) if placement.place == place)
+        if placements[-1].place == place:
+            total += self.model.layers[-1].hidden * self._tokens  # the input of the final norm
         if place == "host" and self.stream_kv:
             total += max(layer.key_value_sums for layer in self.model.layers) * self._tokens
         if place == "host" and any(placement.place == "disk" for placement in placements):

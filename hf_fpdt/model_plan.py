@@ -123,13 +123,13 @@ def device_limit(config: FPDTConfig, device: torch.device) -> int | None:
 
 
 def _host_limit(config: FPDTConfig, device: torch.device) -> int | None:
+    arena = None if device.type == "meta" else transfers_for(device).arena
+    used = 0 if arena is None else arena.used_bytes
     if config.host_memory != "auto":
-        return config.host_memory
+        return config.host_memory - used
     available = available_host_bytes()
-    if available is None:
-        return None
-    locked = 0 if device.type == "meta" else transfers_for(device).arena.locked_bytes
-    return max(available - RESERVE_BYTES, 0) + locked
+    locked = 0 if arena is None else arena.locked_bytes
+    return None if available is None else max(available - RESERVE_BYTES, 0) + locked - used
 
 
 def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) -> int:

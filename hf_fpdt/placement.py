@@ -63,10 +63,16 @@ class PlacementSearch:
         split = self._least()
         return None if split is None else self.placements(self._spend(split))
 
-    def cheapest_in_memory(self) -> tuple[LayerPlacement, ...]:
-        """The placements that need least device memory, whether they fit or not: for messages."""
-        split = _Split(whole=self._count) if self._recompute is False else next(iter(reversed(list(self._choices()))))
-        return self.placements(self._settled(split))
+    def nearest(self) -> tuple[LayerPlacement, ...]:
+        """The placements that come closest to fitting: for messages."""
+        splits = [_Split(whole=self._count)] if self._recompute is False else map(self._settled, self._choices())
+        return self.placements(min(splits, key=self._excess))
+
+    def _excess(self, split: _Split) -> float:
+        """How many times more than its limit the worse of device and host takes."""
+        peaks, limits = self._peaks(split), self._limits
+        taken = ((peaks.device, limits.device), (peaks.host, limits.host))
+        return max((size / max(limit, 1) for size, limit in taken if limit is not None), default=0.0)
 
     def placements(self, split: _Split) -> tuple[LayerPlacement, ...]:
         return tuple(self._placement(split, index) for index in range(self._count))

@@ -121,7 +121,7 @@ def make_plan(
         if placements is not None:
             rows = tuple(_rows(memory, placements))
             return Plan(batch_size, seq_len, chunk, stream_kv, placements, memory.peaks(placements), rows, limits)
-        cheapest = memory.peaks(search.cheapest_in_memory(), reserve=limits.reserve, grads_held=True)
+        cheapest = memory.peaks(search.nearest(), reserve=limits.reserve, grads_held=True)
         least = cheapest if least is None or cheapest.device < least.device else least
     raise _shortage(least, limits, config)
 

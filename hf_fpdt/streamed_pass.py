@@ -40,6 +40,10 @@ class StreamedPass:
         self._layers_run += 1
         return placements[min(self._layers_run, len(placements)) - 1]
 
+    def keep_last(self, tensor: Tensor):
+        """Keeps what comes after the last layer, where that layer keeps its own."""
+        return self.keep(tensor, self.plan.placements[-1].place)
+
     def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
         y, self.last_saved = stream_layer(call, x, weights, self.last_saved)
         return y
@@ -56,8 +60,10 @@ class MeasuringPass:
         self.argument_bytes = 0.0
         self._known: dict[Hashable, LayerFootprint] = {}
 
-    def keep(self, tensor: Tensor, place: str):
+    def keep(self, tensor: Tensor, place: str = ""):
         raise AssertionError("nothing is kept while a model is measured")
+
+    keep_last = keep
 
     def next_placement(self) -> LayerPlacement:
         return LayerPlacement("attention", "device")

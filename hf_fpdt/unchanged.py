@@ -21,7 +21,7 @@ class UnchangedModule:
     """
 
     def __init__(self, module: nn.Module, name: str):
-        self._module, self._name = module, name
+        self.module, self._name = module, name
         self._weights = tuple(module.parameters())
         self._versions = tuple(map(version_of, self._weights))
         self._switches = _switches(module)
@@ -34,14 +34,14 @@ class UnchangedModule:
         versions = tuple(map(version_of, self._weights))
         if versions != self._versions:
             changed = [w for w, now, then in zip(self._weights, versions, self._versions, strict=True) if now != then]
-            names = [name for name, weight in self._module.named_parameters() if any(weight is other for other in changed)]
+            names = [name for name, weight in self.module.named_parameters() if any(weight is other for other in changed)]
             raise RuntimeError(
                 f"{self._name}: a weight was changed in place ({', '.join(names)}) between the forward and the backward, which "
                 "runs the layer again. Call backward() before optimizer.step() or any other update."
             )
-        switches = _switches(self._module)
+        switches = _switches(self.module)
         if switches != self._switches:
-            what = _first_switched(self._module, self._switches, switches)
+            what = _first_switched(self.module, self._switches, switches)
             raise RuntimeError(
                 f"{self._name}: {what} between the forward and the backward, which runs the layer again. "
                 "Call backward() before train(), eval() or set_attn_implementation()."
