@@ -182,7 +182,7 @@ def test_less_host_memory_is_given_up_in_order():
         kept.append({placement.keeps for placement in plan.placements})
     assert kept[0] == {"attention"}
     assert kept[1] == kept[2] == {"attention", "key_value"}
-    assert "nothing" in kept[-1]
+    assert {"input", "nothing"} & kept[-1]
     with pytest.raises(hf_fpdt.HostMemoryError, match=r"needs .* GiB of page-locked host memory, and there are 0.00 GiB"):
         choose(model, gpu_memory=PLENTY, offload="host", host_memory=1)
 
