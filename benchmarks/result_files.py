@@ -26,7 +26,7 @@ def _commit() -> str:
         described = subprocess.run(words, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         described = ""
-    return described or os.environ.get("COMMIT", "unknown")  # for a copy of the tree without its history
+    return os.environ.get("COMMIT") or described or "unknown"  # COMMIT is for a copy of the tree without its history
 
 
 def _version(package: str) -> str | None:
