@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .host_limits import RESERVE_BYTES, available_host_bytes
+from .numa import near
 
 _PIECE_ALIGNMENT = 4096  # bytes
 _SLAB_BYTES = 512 << 20
@@ -162,7 +163,8 @@ class HostPiece:
 
 
 def _cuda_lock(slab: Tensor) -> None:
-    result = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
+    with near(torch.cuda.current_device()):
+        result = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
     if result != 0:
         _clear_last_cuda_error()
     torch.cuda.check_error(result)

@@ -5,6 +5,7 @@ A failure means two tensors in the same memory, or memory that leaks until the h
 """
 
 import gc
+from contextlib import nullcontext
 import random
 import threading
 from functools import partial
@@ -163,6 +164,8 @@ def test_a_failed_lock_leaves_no_error_behind(monkeypatch):
             raise RuntimeError(f"out of memory ({result})")
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(host_arena, "near", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "check_error", check_error)
     monkeypatch.setattr(torch, "ones", launch)
     arena = HostArena(slab_bytes=SLAB, unlock=lambda slab: None)
