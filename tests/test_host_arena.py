@@ -5,9 +5,9 @@ A failure means two tensors in the same memory, or memory that leaks until the h
 """
 
 import gc
-from contextlib import nullcontext
 import random
 import threading
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
