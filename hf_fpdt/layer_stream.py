@@ -33,7 +33,7 @@ from .gradient_sum import GradientSum
 from .layer_chunk import BackwardChunk, ForwardChunk, GraphChunk, LayerCall, run_chunk
 from .run_state import AutocastState, RandomState, no_autocast, preserved_random_state
 from .sole_owner import counts_of_unshared, is_sole_owner
-from .unchanged import UnchangedModule
+from .unchanged import UnchangedModule, spent_error
 
 
 def stream_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor], previous: "SavedLayer | None"):
@@ -173,10 +173,7 @@ class _StreamedLayer(torch.autograd.Function):
         overwrite = is_sole_owner(grad_y)
         saved = ctx.saved
         if saved.spent:
-            raise RuntimeError(
-                f"{saved.call.name}: backward through a streamed layer a second time. What it saved was released by the "
-                "first backward; retain_graph=True is not supported with attn_implementation='fpdt'."
-            )
+            raise spent_error(saved.call.name)
         saved.unchanged.check()
         saved.spent = True
         with preserved_random_state(grad_y.device), no_autocast(grad_y.device.type):

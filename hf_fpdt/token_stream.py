@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .gradient_sum import GradientSum
 from .run_state import AutocastState
 from .sole_owner import counts_of_unshared, is_sole_owner
-from .unchanged import UnchangedModule
+from .unchanged import UnchangedModule, spent_error
 
 
 def stream_tokens(
@@ -65,9 +65,7 @@ class _StreamedTokens(torch.autograd.Function):
         forward, spans, autocast, unchanged, _ = ctx.call
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            raise RuntimeError(
-                f"backward through a streamed {type(unchanged.module).__name__} a second time: its input is gone."
-            )
+            raise spent_error(unchanged.name)
         unchanged.check()
         needs_grad_x, grad_x = ctx.needs_input_grad[1], None
         sums = GradientSum(len(spans))

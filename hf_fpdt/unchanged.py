@@ -11,6 +11,14 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def spent_error(name: str) -> RuntimeError:
+    """For a backward that finds what it needs given back."""
+    return RuntimeError(
+        f"{name}: backward through a streamed layer a second time. What it saved was released by the first backward; "
+        "retain_graph=True is not supported with attn_implementation='fpdt'."
+    )
+
+
 class UnchangedModule:
     """
     A module that runs again in the backward, as it is now.
@@ -21,7 +29,7 @@ class UnchangedModule:
     """
 
     def __init__(self, module: nn.Module, name: str):
-        self.module, self._name = module, name
+        self.module, self.name = module, name
         self._weights = tuple(module.parameters())
         self._versions = tuple(map(version_of, self._weights))
         self._switches = _switches(module)
@@ -36,14 +44,14 @@ class UnchangedModule:
             changed = [w for w, now, then in zip(self._weights, versions, self._versions, strict=True) if now != then]
             names = [name for name, weight in self.module.named_parameters() if any(weight is other for other in changed)]
             raise RuntimeError(
-                f"{self._name}: a weight was changed in place ({', '.join(names)}) between the forward and the backward, which "
+                f"{self.name}: a weight was changed in place ({', '.join(names)}) between the forward and the backward, which "
                 "runs the layer again. Call backward() before optimizer.step() or any other update."
             )
         switches = _switches(self.module)
         if switches != self._switches:
             what = _first_switched(self.module, self._switches, switches)
             raise RuntimeError(
-                f"{self._name}: {what} between the forward and the backward, which runs the layer again. "
+                f"{self.name}: {what} between the forward and the backward, which runs the layer again. "
                 "Call backward() before train(), eval() or set_attn_implementation()."
             )
 
