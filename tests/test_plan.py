@@ -363,6 +363,16 @@ def test_bad_sizes(sizes):
         hf_fpdt.plan(make_streamed(tiny_llama(), 10), **sizes)
 
 
+def test_sharded_weights_are_not_measured():
+    model = make_streamed(tiny_llama(), 10, gpu_memory=PLENTY)
+    for weight in model.parameters():
+        weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"gpu_memory=1099511627776\) with weights that are sharded"):
+        model(**make_batch(1, 47))
+    hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(chunk_size=10))
+    assert model(**make_batch(1, 47)).loss.isfinite()
+
+
 def drawing(forward):
     def draw(*args, **kwargs):
         torch.rand(1)
