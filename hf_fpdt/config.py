@@ -21,9 +21,9 @@ class FPDTConfig:
             the fastest that is right; the choice is logged at INFO. A named kernel that cannot run the model is an error,
             never a fallback.
         recompute (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
-            Run each layer again in the backward instead of keeping its activations. `"auto"` keeps all activations of as many
-            layers as the GPU has memory to spare for, `True` those of none, `False` those of all. On a CPU `"auto"` is `True`
-            unless `gpu_memory` is given.
+            Run each layer again in the backward instead of keeping its activations. `"auto"` keeps, with `offload` `"auto"` or
+            `"none"`, all activations of as many layers as the GPU has memory to spare for; `True` those of none, `False` those
+            of all. On a CPU `"auto"` is `True` unless `gpu_memory` is given.
         save_attention (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Keep the attention output and log-sum-exp of a layer that runs again, so that attention is not computed twice.
             `False` saves `2 * num_heads * head_dim + 4 * num_heads` bytes a token and layer (16-bit) and computes the attention
