@@ -3,14 +3,16 @@
 from functools import partial
 
 import torch
+import transformers
 from torch import nn
 
 from .config import FPDTConfig
+from .host_arena import HostMemoryError
 from .instance_forward import inner_forward
 from .layer_wiring import wire, without_checkpointing
 from .model_plan import new_plan
 from .modeling import apply_fpdt, config_of, measure, restore, streamed_models, transformers_model
-from .step_plan import Plan
+from .step_plan import DeviceMemoryError, Plan
 
 _NAME = "fpdt"
 
@@ -67,4 +69,12 @@ def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int) ->
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.enable_grad(), without_checkpointing(layers):
         run = partial(measure, inner_forward(owner), arguments, seq_len)
-        return new_plan(owner, layers, head, ids, config, run)
+        try:
+            return new_plan(owner, layers, head, ids, config, run)
+        except (RuntimeError, NotImplementedError) as error:
+            if base.device.type != "meta" or isinstance(error, HostMemoryError | DeviceMemoryError):
+                raise
+            raise ValueError(
+                f"{type(base).__name__} cannot run on the meta device with transformers {transformers.__version__}: "
+                f"{str(error).splitlines()[0]}. Use a newer transformers, or plan with the model on a GPU, or on the CPU."
+            ) from error
