@@ -8,7 +8,7 @@ that length. Nothing is assumed about the code: adapters, experts, fused kernels
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,15 +58,18 @@ class Footprint:
             yield live, (value if kind == MARK else None)
 
 
-def footprint_of(run: Callable[[int, "MemoryRecorder"], None], lengths: tuple[int, int]) -> Footprint:
+def footprint_of(
+    run: Callable[[int, "MemoryRecorder"], None], lengths: tuple[int, int], constant: Collection[int] = ()
+) -> Footprint:
     """
     Args:
         run: called with a number of tokens and the recorder, whose `mark` it may call; keeps nothing.
         lengths: two different numbers of tokens.
+        constant: sizes in bytes that are those of weights, for code that makes other allocations with other tokens.
     """
     short, long = (_record(run, length) for length in lengths)
     if [event[:2] for event in short] != [event[:2] for event in long]:
-        return _proportional(long, lengths[1])  # what runs depends on the tokens, as with experts
+        return _proportional(long, lengths[1], constant)  # what runs depends on the tokens, as with experts
     few, many = ([size for kind, _, size in log if kind == ALLOCATE] for log in (short, long))
     slope = [(b - a) / (lengths[1] - lengths[0]) for a, b in zip(few, many, strict=True)]
     fixed = [a - s * lengths[0] for a, s in zip(few, slope, strict=True)]
@@ -80,10 +83,12 @@ def _record(run, length: int) -> list[tuple]:
     return recorder.log
 
 
-def _proportional(log: list[tuple], length: int) -> Footprint:
-    """From one run: everything grows. Too much for weights, so that the peak is never underestimated."""
+def _proportional(log: list[tuple], length: int, constant: Collection[int]) -> Footprint:
+    """From one run: everything grows but what has the size of a weight. Rather too much than too little."""
     sizes = [size for kind, _, size in log if kind == ALLOCATE]
-    return Footprint([event[:2] for event in log], [0.0] * len(sizes), [size / length for size in sizes])
+    fixed = [float(size) if size in constant else 0.0 for size in sizes]
+    slope = [0.0 if size in constant else size / length for size in sizes]
+    return Footprint([event[:2] for event in log], fixed, slope)
 
 
 class MemoryRecorder(TorchDispatchMode):

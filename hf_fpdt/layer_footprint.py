@@ -43,7 +43,7 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
     with preserved_random_state(x.device):
         y = run_once(tokens, MemoryRecorder(), needs_grad=False)[1]
         grad_y = torch.zeros_like(y)
-        traces = [footprint_of(run, (tokens // 2, tokens)) for run in (forward, backward)]
+        traces = [footprint_of(run, (tokens // 2, tokens), _weight_sizes(weights)) for run in (forward, backward)]
     key_value, attention, itemsize = store.elements[0] / tokens, store.elements[1] / tokens, store.problem.itemsize
     wide = max(itemsize, 4)
     return LayerFootprint(
@@ -90,6 +90,16 @@ class _NoAttention:
         several = keys > problem.keys or not self.kernel.aligns_last
         summed = 4 * problem.query_elements if several else 0  # grad_query over several calls
         return backward_bytes(self.kernel.name, problem) + summed
+
+
+def _weight_sizes(weights: Sequence[Tensor]) -> set[int]:
+    """Bytes of the gradient of a weight and of one expert's part of it, in its dtype and in fp32."""
+    elements = {
+        count
+        for weight in weights
+        for count in (weight.numel(), weight.numel() // max(weight.shape[0] if weight.ndim else 1, 1))
+    }
+    return {count * itemsize for count in elements if count > 1 << 12 for itemsize in (2, 4)}
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -75,8 +75,15 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
     if no_backward or seq_len < 2 or sharded or (kind != "cuda" and config.gpu_memory == "auto"):
         return simple_plan(config, batch_size, seq_len, kind, len(layers))
     measured = MeasuringPass(min(seq_len, MEASURED_TOKENS), config.kernel)
-    with preserved_random_state(device), _without_hooks(model), running(measured):
-        measure(measured)
+    try:
+        with preserved_random_state(device), _without_hooks(model), running(measured):
+            measure(measured)
+    except Exception as error:
+        if config.gpu_memory != "auto":
+            raise
+        # The step itself says what is wrong, or works: then only its memory is not known.
+        logger.warning("hf_fpdt: %s could not be measured (%s); everything waits on the host", type(model).__name__, error)
+        return simple_plan(config, batch_size, seq_len, kind, len(layers))
     grads = sum(_bytes(weight) for weight in trainable)
     in_layers = sum(layer.weight_grads for layer in measured.layers)
     held = bool(trainable) and all(weight.grad is not None for weight in trainable)

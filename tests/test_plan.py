@@ -10,7 +10,7 @@ import inspect
 import pytest
 import torch
 from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils.generic import maybe_autocast
 
 import hf_fpdt
@@ -133,6 +133,34 @@ def test_predicted_host_memory_is_what_is_used(settings, monkeypatch):
     predicted = hf_fpdt.plan(model, seq_len=4096).peaks.host
     assert 0.95 * max(used) <= predicted <= 1.05 * max(used)
     transfers_for.cache_clear()
+
+
+def test_experts_are_predicted_high_but_not_by_much():
+    """Which experts run depends on the tokens: other allocations with 256 tokens than with 512. Weights must not be scaled."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=128, intermediate_size=448, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=60, max_position_embeddings=1 << 20, use_cache=False,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).train()
+    settings = {"chunk_size": 512, "gpu_memory": PLENTY, "recompute": True, "offload": "host"}
+    hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**settings))
+    predicted = hf_fpdt.plan(model, seq_len=4096).peaks.device - weights_and_gradients(model)
+    ids = torch.randint(0, 60, (1, 4096))
+    step(model, ids)
+    model.zero_grad()
+    taken = peak_bytes(lambda: step(model, ids))
+    assert 0.95 * taken <= predicted <= 1.5 * taken
+
+
+def test_a_model_that_cannot_be_measured_is_not_planned(caplog):
+    model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=10))
+    hidden = torch.zeros(1, 47, 128, device="cpu")
+    plan = model_plan.new_plan(
+        model.model, model.model.layers, None, hidden.to("meta"), hf_fpdt.FPDTConfig(), lambda measured: 1 / 0
+    )
+    assert places(plan) == [("attention", "host")] * 4
+    assert "LlamaModel could not be measured (division by zero); everything waits on the host" in caplog.text
 
 
 # ---- choices ----
