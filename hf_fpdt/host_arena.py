@@ -10,13 +10,13 @@ turns with `take`; a piece may come back at any time and from any thread, also f
 import mmap
 import time
 import weakref
-from bisect import bisect_left, insort
 from collections import deque
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from .free_list import Span, cut, join, tightest
 from .host_limits import RESERVE_BYTES, available_host_bytes
 from .numa import near
 
@@ -47,7 +47,7 @@ class HostArena:
         self._slab_bytes = slab_bytes
         self._lock, self._unlock = lock or _cuda_lock, unlock or _cuda_unlock
         self._slabs: list[Tensor] = []
-        self._free: list[list[tuple[int, int]]] = []  # per slab: sorted (offset, bytes), no two adjacent
+        self._free: list[list[Span]] = []  # per slab
         self._returned: deque[HostPiece] = deque()  # not yet in the lists
 
     @property
@@ -74,15 +74,12 @@ class HostArena:
         """
         size = max(-(-num_bytes // _PIECE_ALIGNMENT), 1) * _PIECE_ALIGNMENT
         self._join_returned()
-        fits = [(span[1], index, span) for index, spans in enumerate(self._free) for span in spans if span[1] >= size]
+        fits = [(span, index) for index, spans in enumerate(self._free) if (span := tightest(spans, size)) is not None]
         if not fits:
             self._grow(size, limit_bytes)
             return self.take(num_bytes, limit_bytes)
-        _, index, (offset, available) = min(fits)
-        self._free[index].remove((offset, available))
-        if available > size:
-            insort(self._free[index], (offset + size, available - size))
-        return HostPiece(self, index, offset, size)
+        span, index = min(fits, key=lambda fit: (fit[0][1], fit[1]))
+        return HostPiece(self, index, *cut(self._free[index], span, size))
 
     def memory(self, piece: "HostPiece") -> Tensor:
         """The piece as a `uint8` tensor."""
@@ -94,17 +91,8 @@ class HostArena:
 
     def _join_returned(self) -> None:
         while self._returned:
-            self._join(self._returned.popleft())
-
-    def _join(self, piece: "HostPiece") -> None:
-        spans = self._free[piece.slab]
-        start, stop = piece.offset, piece.offset + piece.size
-        at = bisect_left(spans, (start, 0))
-        if at < len(spans) and spans[at][0] == stop:
-            stop += spans.pop(at)[1]
-        if at > 0 and sum(spans[at - 1]) == start:
-            start = spans.pop(at - 1)[0]
-        insort(spans, (start, stop - start))
+            piece = self._returned.popleft()
+            join(self._free[piece.slab], (piece.offset, piece.size))
 
     def _grow(self, size: int, limit_bytes: int | None) -> None:
         size = self._size_of_next_slab(size, limit_bytes)

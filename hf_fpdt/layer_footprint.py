@@ -94,11 +94,7 @@ class _NoAttention:
 
 def _weight_sizes(weights: Sequence[Tensor]) -> set[int]:
     """Bytes of the gradient of a weight and of one expert's part of it, in its dtype and in fp32."""
-    elements = {
-        count
-        for weight in weights
-        for count in (weight.numel(), weight.numel() // max(weight.shape[0] if weight.ndim else 1, 1))
-    }
+    elements = {count for weight in weights for count in (weight.numel(), weight[:1].numel() if weight.ndim else 1)}
     return {count * itemsize for count in elements if count > 1 << 12 for itemsize in (2, 4)}
 
 
