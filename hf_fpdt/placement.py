@@ -52,7 +52,9 @@ class PlacementSearch:
 
     def __init__(self, memory: MemoryModel, limits: Limits, *, offload: str, save_attention, recompute):
         self._memory, self._limits = memory, limits
-        self._offload, self._save_attention, self._recompute = offload, save_attention, recompute
+        # Blocks of K and V come from the host, and the rest of a layer waits with them.
+        self._offload = "host" if memory.stream_kv and offload == "auto" else offload
+        self._save_attention, self._recompute = save_attention, recompute
         self._count = len(memory.model.layers)
 
     def best(self) -> tuple[LayerPlacement, ...] | None:
@@ -114,7 +116,7 @@ class PlacementSearch:
 
     def _spend(self, split: _Split) -> _Split:
         """Uses the device memory that is left."""
-        if self._recompute == "auto" and self._offload in ("auto", "none") and not self._memory.stream_kv:
+        if self._recompute == "auto" and self._offload in ("auto", "none"):
             whole = _largest(lambda n: self._fits(self._settled(_with(split, whole=n))), self._count)
             split = self._settled(_with(split, whole=whole))
         if self._offload == "auto":
@@ -129,7 +131,7 @@ class PlacementSearch:
         if self._offload == "none":
             return _with(split, on_device=room)
         field = {"auto": "on_device", "disk": "on_disk"}.get(self._offload)
-        if field is None or (field == "on_device" and self._memory.stream_kv):
+        if field is None:
             return _with(split, on_device=0)
         return _with(split, **{field: _smallest(lambda n: self._host_fits(_with(split, **{field: n})), room)})
 

@@ -98,6 +98,7 @@ CASES = [
     ({"offload": "host"}, {"vocab_size": 60}, 1, 2048, 1024),
     ({"offload": "host", "save_attention": False}, {"vocab_size": 60}, 1, 2048, 512),
     ({"offload": "host", "kv": "streamed"}, {"vocab_size": 60, "num_key_value_heads": 4}, 1, 2048, 256),
+    ({"recompute": "auto", "kv": "streamed"}, {"vocab_size": 60, "num_key_value_heads": 4}, 1, 2048, 512),
     ({"offload": "none"}, {}, 1, 2048, 256),
     ({"recompute": False}, {}, 1, 1024, 256),
     ({"recompute": False}, {"vocab_size": 60}, 1, 1500, 1024),
@@ -177,6 +178,11 @@ def places(plan):
 
 def test_with_plenty_of_memory_nothing_runs_again():
     assert places(choose(llama(), gpu_memory=PLENTY)) == [("all", "device")] * 4
+
+
+def test_layers_whose_k_and_v_stream_wait_on_the_host():
+    """However much device memory there is: their store keeps its blocks and their gradients where the layer's tensors are."""
+    assert places(choose(llama(), gpu_memory=PLENTY, kv="streamed")) == [("attention", "host")] * 4
 
 
 def test_less_device_memory_is_given_up_in_order():
