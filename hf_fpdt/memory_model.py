@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from .footprint import Footprint
 
 ATTENTION_BACKWARD, FORWARD_DONE = "attention_backward", "forward_done"
-KEEPS = ("all", "attention", "key_value", "input", "nothing")
 _INDEX_BYTES = 40  # a token: ids, labels, positions, in int64
 _PENDING_SUMS = 1  # blocks of gradient sums on their way to the host when K and V are streamed
 
@@ -50,7 +49,7 @@ class LayerFootprint:
         key_value, key_value_sums: K and V; their gradients in fp32.
         attention: out and lse.
         weight_grads, weight_sums: all gradients of the trainable weights, and their fp32 sums; bytes in all.
-        workspace: `(queries, keys) -> bytes` that attention's backward takes at its peak.
+        workspace: `(queries, keys) -> bytes` that the backward of a chunk's attention over so many keys takes at its peak.
         forward: one chunk of every sequence of the batch, without gradients; its tokens are those of one sequence.
         backward: the same with gradients, to the mark `FORWARD_DONE`, then its backward, with the mark `ATTENTION_BACKWARD`.
     """
@@ -114,8 +113,8 @@ class Peaks:
 class _ChunkBytes:
     """The intermediates of one chunk of one layer; independent of where things are placed."""
 
-    def __init__(self, layer: LayerFootprint, chunk: int, max_keys: int, blocks: float):
-        extra = {ATTENTION_BACKWARD: layer.workspace(chunk, max_keys) + round(blocks)}
+    def __init__(self, layer: LayerFootprint, chunk: int, keys: int, blocks: float):
+        extra = {ATTENTION_BACKWARD: layer.workspace(chunk, keys) + round(blocks)}
         self.forward = layer.forward.peak(chunk)
         self.backward = layer.backward.peak(chunk, extra)
         self.graph = layer.backward.live(chunk, FORWARD_DONE)
@@ -128,14 +127,13 @@ class MemoryModel:
 
     Args:
         stream_kv: K and V of the running layer are in blocks on the host instead of whole on the device.
-        max_keys: most keys of one call of attention's backward.
     """
 
-    def __init__(self, model: ModelFootprint, batch: int, seq_len: int, chunk: int, stream_kv: bool, max_keys: int):
-        self.model, self.batch, self.seq_len, self.chunk, self.stream_kv = model, batch, seq_len, chunk, stream_kv
+    def __init__(self, model: ModelFootprint, batch: int, seq_len: int, chunk: int, stream_kv: bool):
+        self.model, self.seq_len, self.chunk, self.stream_kv = model, seq_len, chunk, stream_kv
         self._tokens, self._chunk_tokens = batch * seq_len, batch * chunk
         self.num_chunks = -(-seq_len // chunk)
-        keys = min(seq_len, max(chunk, max_keys), chunk if stream_kv else seq_len)
+        keys = chunk if stream_kv else seq_len  # that a chunk of queries sees at a time
         self._bytes = {id(layer): _ChunkBytes(layer, chunk, keys, self._blocks(layer)) for layer in model.layers}
 
     def peaks(self, placements: Sequence[LayerPlacement], *, reserve: int = 0, grads_held: bool = False) -> Peaks:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .causal_attention import MAX_BACKWARD_KEYS
 from .chunked_loss import loss_chunk_bytes
 from .config import FPDTConfig
 from .host_limits import RESERVE_BYTES, available_host_bytes
@@ -101,8 +100,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
         host=_host_limit(config, device),
         reserve=(0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads),
     )
-    shape = {"batch_size": batch_size, "seq_len": seq_len, "device_type": kind}
-    return make_plan(footprint, config, limits, max_keys=MAX_BACKWARD_KEYS, **shape)
+    return make_plan(footprint, config, limits, batch_size=batch_size, seq_len=seq_len, device_type=kind)
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -101,22 +101,19 @@ def make_plan(
     batch_size: int,
     seq_len: int,
     device_type: str,
-    max_keys: int,
 ) -> Plan:
     """
     The fastest plan that fits.
-
-    Args:
-        max_keys: most keys of one call of attention's backward.
 
     Raises:
         DeviceMemoryError, HostMemoryError: if none does, with the bytes needed, the bytes there, and the settings that help.
     """
     least = None
     for chunk, stream_kv in _candidates(config, batch_size, seq_len, device_type):
-        memory = MemoryModel(footprint, batch_size, seq_len, chunk, stream_kv, max_keys)
-        settings = {name: getattr(config, name) for name in ("offload", "save_attention", "recompute")}
-        search = PlacementSearch(memory, limits, **settings)
+        memory = MemoryModel(footprint, batch_size, seq_len, chunk, stream_kv)
+        search = PlacementSearch(
+            memory, limits, offload=config.offload, save_attention=config.save_attention, recompute=config.recompute
+        )
         placements = search.best()
         if placements is not None:
             rows = tuple(_rows(memory, placements))
