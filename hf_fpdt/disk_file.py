@@ -35,6 +35,7 @@ from torch import Tensor
 from .free_list import Span, cut, join, tightest
 from .host_arena import HostArena, HostMemoryError, HostPiece
 from .nameless_file import PAGE_BYTES, NamelessFile
+from .unchanged import changed_error
 
 _POLL_S = 0.0005
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -236,10 +237,7 @@ class DiskCopy:
             self.prefetch()
             self._file.wait_for(self._write)
             if self._write.ready is not None and self._write.ready.spoilt():
-                raise RuntimeError(
-                    f"A tensor of shape {list(self._shape)} that a streamed layer needs in its backward was changed in place "
-                    "after the layer ran. Replace the in-place operation on the layer's input or output."
-                )
+                raise changed_error(self._shape)
             self._file.wait_for(self._read)
             self._fetched = self._transfers.copy_to_device(self._host(self._read), self._read.ready)
         tensor, arrived = self._fetched

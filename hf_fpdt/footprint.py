@@ -134,10 +134,3 @@ class MemoryRecorder(TorchDispatchMode):
                 owner.log.append((FREE, index, size))
 
         self._seen[address] = weakref.ref(storage, freed)
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes alive at a time while `run` runs, beyond what existed before."""
-    log = _record(lambda _, recorder: run(), 0)
-    sizes = [size for kind, _, size in log if kind == ALLOCATE]
-    return Footprint([event[:2] for event in log], sizes, [0.0] * len(sizes)).peak(0)

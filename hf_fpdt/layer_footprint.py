@@ -44,14 +44,15 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         y = run_once(tokens, MemoryRecorder(), needs_grad=False)[1]
         grad_y = torch.zeros_like(y)
         traces = [footprint_of(run, (tokens // 2, tokens), _weight_sizes(weights)) for run in (forward, backward)]
-    key_value, attention, itemsize = store.elements[0] / tokens, store.elements[1] / tokens, store.problem.itemsize
-    wide = max(itemsize, 4)
+    problem = store.problem
+    key_value = problem.kv_heads * (problem.head_dim + problem.value_dim)
+    wide = max(problem.itemsize, 4)
     return LayerFootprint(
-        hidden=_bytes(x) / (batch * tokens),
-        key_value=key_value * itemsize / batch,
-        key_value_sums=key_value * wide / batch,
-        attention=(attention * itemsize + store.problem.batch * store.problem.heads * wide) / batch,
-        weight_grads=sum(_bytes(weight) for weight in weights),
+        hidden=x.nbytes / (batch * tokens),
+        key_value=key_value * problem.itemsize,
+        key_value_sums=key_value * wide,
+        attention=problem.heads * (problem.value_dim * problem.itemsize + wide),
+        weight_grads=sum(weight.nbytes for weight in weights),
         weight_sums=sum(weight.numel() * max(weight.element_size(), 4) for weight in weights),
         workspace=store.workspace,
         forward=traces[0],
@@ -60,12 +61,11 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
 
 
 class _NoAttention:
-    """In place of a layer's store: attention of the right shape that computes nothing, and how large it was."""
+    """In place of a layer's store: attention of the right shape that computes nothing, and its sizes."""
 
     recorder: MemoryRecorder
     kernel: AttentionKernel
     problem: AttentionProblem
-    elements: tuple[int, int]  # of K and V, of out
 
     def append(self, index: int, key: Tensor, value: Tensor) -> None:
         self._key, self._value = key.shape, value.shape
@@ -77,7 +77,6 @@ class _NoAttention:
         self.problem = AttentionProblem(
             batch, queries, queries, heads, kv_heads, head_dim, value_dim, itemsize=query.element_size()
         )
-        self.elements = (self.problem.key_value_elements(kv_heads), batch * queries * heads * value_dim)
         wide = torch.promote_types(query.dtype, torch.float32)
         return query.new_zeros(batch, queries, heads, value_dim), query.new_zeros(batch, heads, queries, dtype=wide)
 
@@ -96,7 +95,3 @@ def _weight_sizes(weights: Sequence[Tensor]) -> set[int]:
     """Bytes of the gradient of a weight and of one expert's part of it, in its dtype and in fp32."""
     elements = {count for weight in weights for count in (weight.numel(), weight[:1].numel() if weight.ndim else 1)}
     return {count * itemsize for count in elements if count > 1 << 12 for itemsize in (2, 4)}
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from .gradient_sum import GradientSum
 from .layer_chunk import BackwardChunk, ForwardChunk, GraphChunk, LayerCall, run_chunk
 from .run_state import AutocastState, RandomState, no_autocast, preserved_random_state
-from .sole_owner import counts_of_unshared, is_sole_owner
+from .sole_owner import counts_of_unshared, grad_x_like, is_sole_owner
 from .unchanged import UnchangedModule, spent_error
 
 
@@ -125,12 +125,12 @@ class SavedLayer:
         return x
 
     def _run_again(self, x: Tensor) -> Tensor:
+        states, self.random = self.random, []
         self.keeps, self.inputs, self.store = "attention", [], self.call.new_store()
 
         def chunk(index: int, x_chunk: Tensor) -> Tensor:
-            self.random[index].set()
-            self.inputs.append(self.call.keep_here(x_chunk))
-            return run_chunk(self.call, x_chunk, ForwardChunk(self.call, index, self.store, self._keep_attention))
+            states[index].set()
+            return self.forward_chunk(index, x_chunk)
 
         with torch.no_grad(), self.autocast.context():
             y = _forward_chunks(self.call, x, chunk)
@@ -210,8 +210,7 @@ def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tenso
         grads = torch.autograd.grad(y_chunk, inputs, grad_y[:, slice(*span)], allow_unused=True)
         if needs_grad_x:
             if grad_x is None:
-                overwrite = overwrite and grad_y.dtype == x_chunk.dtype and grad_y.shape[2:] == x_chunk.shape[2:]
-                grad_x = grad_y if overwrite else torch.empty_like(grad_y, dtype=x_chunk.dtype)
+                grad_x = grad_x_like(grad_y, x_chunk, overwrite)
             grad_x[:, slice(*span)] = grads[0]
         sums.add(grads[needs_grad_x:])
         del x_chunk, y_chunk, inputs, grads

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .chunked_loss import chunked_cross_entropy
 from .deferred_logits import DeferredLogits
 from .instance_forward import inner_forward, is_replaced, replace_forward, restore_forward
+from .run_state import autocast_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +90,7 @@ def _run_head(head: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if _deferring_head.get() is not head:
         return inner_forward(head)(*args, **kwargs)
     hidden = args[0] if args else next(iter(kwargs.values()))
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = autocast_dtype(hidden.device.type) or hidden.dtype
     return DeferredLogits(hidden, head, inner_forward(head), vocab_size=head.out_features, dtype=dtype)
 
 

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 MEASURED_TOKENS = 512  # of every sequence; weights dominate at this length, see footprint.py
 _RESERVED_SHARE = 0.06  # of the GPU's memory, for what the allocator cannot use
-_ENGINES = ("deepspeed", "torch.distributed")
 _PLANS, _UNTRAINED = "_fpdt_plans", "_fpdt_untrained"
 
 
@@ -83,7 +82,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
         # The step itself says what is wrong, or works: then only its memory is not known.
         logger.warning("hf_fpdt: %s could not be measured (%s); everything waits on the host", type(model).__name__, error)
         return simple_plan(config, batch_size, seq_len, kind, len(layers))
-    grads = sum(_bytes(weight) for weight in trainable)
+    grads = sum(weight.nbytes for weight in trainable)
     in_layers = sum(layer.weight_grads for layer in measured.layers)
     held = bool(trainable) and all(weight.grad is not None for weight in trainable)
     footprint = ModelFootprint(
@@ -111,20 +110,18 @@ def _is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
     """
-    The hooks that users put on modules see training only. Those of engines that gather weights stay, and so do those that
-    transformers puts there inside, once for all.
+    The hooks on modules see training only. Those that transformers puts there inside, once for all, stay afterwards. (Engines
+    that gather weights in hooks are not measured.)
     """
     hooks = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
     before = [list(own.items()) for own in hooks]
-    for own, items in zip(hooks, before, strict=True):
-        for key, hook in items:
-            if not (getattr(hook, "__module__", "") or "").startswith(_ENGINES):
-                del own[key]
+    for own in hooks:
+        own.clear()
     try:
         yield
     finally:
         for own, items in zip(hooks, before, strict=True):
-            new = [item for item in own.items() if item not in items]
+            new = list(own.items())
             own.clear()
             own.update([*items, *new])
 
@@ -152,7 +149,7 @@ def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) ->
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     tensors = {id(t): t for module in (model, head) if module is not None for t in (*module.parameters(), *module.buffers())}
-    return sum(_bytes(t) + (0 if t.grad is None else _bytes(t.grad)) for t in tensors.values())
+    return sum(t.nbytes + (0 if t.grad is None else t.grad.nbytes) for t in tensors.values())
 
 
 def _optimizer_to_come(model: nn.Module, trainable: list[Tensor], grads: int) -> int:
@@ -167,10 +164,6 @@ def _loss(head: nn.Module, tokens: int, hidden_bytes: float, device_type: str) -
     weights = list(head.parameters())
     trainable = [weight for weight in weights if weight.requires_grad]
     chunk, chunks = loss_chunk_bytes(head.out_features, tokens, hidden_bytes, weights[0].element_size(), device_type)
-    grads = sum(_bytes(weight) for weight in trainable)
+    grads = sum(weight.nbytes for weight in trainable)
     sums = sum(weight.numel() * max(weight.element_size(), 4) for weight in trainable) if chunks > 1 else 0
     return LossFootprint(chunk + grads, grads, sums)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -12,7 +12,7 @@ fits, then spends what is left of the device's memory: first on layers that need
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .memory_model import LayerPlacement, MemoryModel, Peaks
 
@@ -99,7 +99,7 @@ class PlacementSearch:
             yield _Split()
         if self._save_attention == "auto":
             yield _Split(without_attention=self._count)
-        if self._save_attention != True and self._offload != "none":  # noqa: E712  ("auto" is true as well)
+        if self._save_attention is not True and self._offload != "none":
             for group in _GROUPS:
                 if group < 2 * self._count:
                     yield _Split(without_attention=self._count, group=group)
@@ -109,7 +109,9 @@ class PlacementSearch:
         for split in self._choices():
             if self._fits(self._settled(split)):
                 if self._save_attention == "auto" and not split.group:
-                    fewest = _smallest(lambda n: self._fits(self._settled(_lean(n))), split.without_attention)
+                    fewest = _smallest(
+                        lambda n: self._fits(self._settled(_Split(without_attention=n))), split.without_attention
+                    )
                     split = _Split(without_attention=fewest)
                 return self._settled(split)
         return None
@@ -117,41 +119,37 @@ class PlacementSearch:
     def _spend(self, split: _Split) -> _Split:
         """Uses the device memory that is left."""
         if self._recompute == "auto" and self._offload in ("auto", "none"):
-            whole = _largest(lambda n: self._fits(self._settled(_with(split, whole=n))), self._count)
-            split = self._settled(_with(split, whole=whole))
+            whole = _largest(lambda n: self._fits(self._settled(replace(split, whole=n))), self._count)
+            split = self._settled(replace(split, whole=whole))
         if self._offload == "auto":
             room = self._count - split.whole
-            more = _largest(lambda n: self._fits(_with(split, on_device=split.on_device + n)), room - split.on_device)
-            split = _with(split, on_device=split.on_device + more)
+            more = _largest(lambda n: self._fits(replace(split, on_device=split.on_device + n)), room - split.on_device)
+            split = replace(split, on_device=split.on_device + more)
         return split
 
     def _settled(self, split: _Split) -> _Split:
         """Moves as many layers to the device, or to disk, as the host cannot hold."""
         room = self._count - split.whole
         if self._offload == "none":
-            return _with(split, on_device=room)
+            return replace(split, on_device=room)
         field = {"auto": "on_device", "disk": "on_disk"}.get(self._offload)
         if field is None:
-            return _with(split, on_device=0)
-        return _with(split, **{field: _smallest(lambda n: self._host_fits(_with(split, **{field: n})), room)})
+            return replace(split, on_device=0)
+        return replace(split, **{field: _smallest(lambda n: self._host_fits(replace(split, **{field: n})), room)})
 
     def _peaks(self, split: _Split) -> Peaks:
         return self._memory.peaks(self.placements(split), reserve=self._limits.reserve, grads_held=True)
 
     def _host_fits(self, split: _Split) -> bool:
-        return self._limits.host is None or self._peaks(split).host <= self._limits.host
+        return _within(self._peaks(split).host, self._limits.host)
 
     def _fits(self, split: _Split) -> bool:
-        device = self._limits.device
-        return self._host_fits(split) and (device is None or self._peaks(split).device <= device)
+        peaks = self._peaks(split)
+        return _within(peaks.host, self._limits.host) and _within(peaks.device, self._limits.device)
 
 
-def _lean(count: int) -> _Split:
-    return _Split(without_attention=count)
-
-
-def _with(split: _Split, **fields) -> _Split:
-    return _Split(**{**vars(split), **fields})
+def _within(size: int, limit: int | None) -> bool:
+    return limit is None or size <= limit
 
 
 def _smallest(fits: Callable[[int], bool], high: int) -> int:

@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import nn
 
+from .attention_interface import NAME
 from .config import FPDTConfig
 from .host_arena import HostMemoryError
 from .instance_forward import inner_forward
@@ -13,8 +14,6 @@ from .layer_wiring import wire, without_checkpointing
 from .model_plan import new_plan
 from .modeling import apply_fpdt, config_of, measure, restore, streamed_models, transformers_model
 from .step_plan import DeviceMemoryError, Plan
-
-_NAME = "fpdt"
 
 
 def plan(model: nn.Module, *, seq_len: int, batch_size: int = 1, config: FPDTConfig | None = None) -> Plan:
@@ -51,11 +50,11 @@ def plan(model: nn.Module, *, seq_len: int, batch_size: int = 1, config: FPDTCon
         )
     previous = base.config._attn_implementation
     try:
-        if previous != _NAME:
+        if previous != NAME:
             apply_fpdt(base, config)
         return _plan(base, config, batch_size, seq_len)
     finally:
-        if previous != _NAME:
+        if previous != NAME:
             restore(base)
 
 
@@ -64,7 +63,7 @@ def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int) ->
     wire(owner, layers)
     head = base.get_output_embeddings()
     head = head if isinstance(getattr(head, "out_features", None), int) else None
-    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=base.device)
+    ids = torch.zeros((), dtype=torch.int64, device=base.device).expand(batch_size, seq_len)
     # With a mask transformers does not look at the positions' values, which a meta model has none of.
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.enable_grad(), without_checkpointing(layers):

@@ -23,6 +23,13 @@ def is_sole_owner(grad: Tensor) -> bool:
     return grad.is_contiguous() and grad._base is None and all(a <= b for a, b in zip(counts, unshared, strict=True))
 
 
+def grad_x_like(grad_y: Tensor, x_chunk: Tensor, overwrite: bool) -> Tensor:
+    """Memory for the gradient of the input that `x_chunk` is of: that of `grad_y`, if it may be overwritten and fits."""
+    if overwrite and grad_y.dtype == x_chunk.dtype and grad_y.shape[2:] == x_chunk.shape[2:]:
+        return grad_y
+    return torch.empty_like(grad_y, dtype=x_chunk.dtype)
+
+
 def _counts(grad: Tensor) -> tuple[int, int, int]:
     storage = grad.untyped_storage()
     return sys.getrefcount(grad), grad._use_count(), torch._C._storage_Use_Count(storage._cdata)

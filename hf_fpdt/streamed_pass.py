@@ -1,6 +1,5 @@
 """One forward of a model whose layers stream: what its layers, masks and norms need to know of it, and of no other."""
 
-import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,8 +12,6 @@ from .layer_footprint import footprint_of_layer
 from .layer_stream import SavedLayer, stream_layer
 from .memory_model import LayerFootprint, LayerPlacement
 from .step_plan import Plan
-
-logger = logging.getLogger(__name__)
 
 _active_pass: ContextVar["StreamedPass | MeasuringPass | None"] = ContextVar("fpdt_active_pass", default=None)
 
@@ -99,4 +96,4 @@ def _bytes_a_token(arguments: dict, x: Tensor) -> float:
     """Of the tensors that a layer is called with, each counted once."""
     flat = [v for value in arguments.values() for v in (value if isinstance(value, tuple | list) else (value,))]
     tensors = {id(v): v for v in flat if torch.is_tensor(v) and x.shape[1] in v.shape[:2]}
-    return sum(v.numel() * v.element_size() for v in tensors.values()) / (x.shape[0] * x.shape[1])
+    return sum(v.nbytes for v in tensors.values()) / (x.shape[0] * x.shape[1])

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .gradient_sum import GradientSum
 from .run_state import AutocastState
-from .sole_owner import counts_of_unshared, is_sole_owner
+from .sole_owner import counts_of_unshared, grad_x_like, is_sole_owner
 from .unchanged import UnchangedModule, spent_error
 
 
@@ -79,8 +79,7 @@ class _StreamedTokens(torch.autograd.Function):
             grads = torch.autograd.grad(y_chunk, inputs, grad_y[:, start:stop])
             if needs_grad_x:
                 if grad_x is None:
-                    overwrite = overwrite and grad_y.dtype == x_chunk.dtype and grad_y.shape[2:] == x_chunk.shape[2:]
-                    grad_x = grad_y if overwrite else torch.empty_like(grad_y, dtype=x_chunk.dtype)
+                    grad_x = grad_x_like(grad_y, x_chunk, overwrite)
                 grad_x[:, start:stop] = grads[0]
             sums.add(grads[needs_grad_x:])
             del x_chunk, y_chunk, inputs, grads

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .host_arena import HostArena
-from .unchanged import version_of
+from .unchanged import changed_error, version_of
 
 
 class KeptTensor:
@@ -41,7 +41,7 @@ class KeptTensor:
 
     def get(self) -> Tensor:
         if version_of(self._tensor) != self._version:
-            raise RuntimeError(_changed(self._tensor))
+            raise changed_error(self._tensor.shape)
         return self._tensor
 
     def evict(self) -> None:
@@ -77,7 +77,7 @@ class HostCopy:
         self.prefetch()
         tensor, arrived = self._fetched
         if self._written is not None and self._written.spoilt():
-            raise RuntimeError(_changed(tensor))
+            raise changed_error(tensor.shape)
         self._transfers.wait(arrived)
         return tensor
 
@@ -203,10 +203,3 @@ class CpuTransfers:
 def transfers_for(device: torch.device) -> Transfers | CpuTransfers:
     """The transfers of a device, made at first use."""
     return CpuTransfers() if device.type == "cpu" else Transfers(device)
-
-
-def _changed(tensor: Tensor) -> str:
-    return (
-        f"A tensor of shape {list(tensor.shape)} that a streamed layer needs in its backward was changed in place after the "
-        "layer ran. Replace the in-place operation on the layer's input or output."
-    )

@@ -1,5 +1,7 @@
 """What the backward needs as the forward left it and cannot put back: checked, so that a gradient is right or refused."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -9,6 +11,14 @@ def version_of(tensor: Tensor) -> int | None:
     tensor, which does not count them.
     """
     return None if tensor.is_inference() else tensor._version
+
+
+def changed_error(shape: Sequence[int]) -> RuntimeError:
+    """For a tensor of this shape that is not what the forward left."""
+    return RuntimeError(
+        f"A tensor of shape {list(shape)} that a streamed layer needs in its backward was changed in place after the layer "
+        "ran. Replace the in-place operation on the layer's input or output."
+    )
 
 
 def spent_error(name: str) -> RuntimeError:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from hf_fpdt import FPDTConfig, apply_fpdt
+from hf_fpdt.footprint import ALLOCATE, FREE, MemoryRecorder
 
 # Largest difference of a tensor from the reference, relative to the largest entry of the reference. fp32 and fp64 allow for
 # another order of summation and nothing else; bfloat16 has 8 bits.
@@ -197,3 +198,14 @@ class CallLengths:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def peak_bytes(run):
+    """Most bytes alive at a time while `run` runs, beyond what existed before."""
+    with MemoryRecorder() as recorder:
+        run()
+    live = highest = 0
+    for kind, _, size in recorder.log:
+        live += {ALLOCATE: size, FREE: -size}.get(kind, 0)
+        highest = max(highest, live)
+    return highest

@@ -9,14 +9,23 @@ import inspect
 
 import pytest
 import torch
-from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
+from reference import (
+    assert_gradients_close,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    make_streamed,
+    peak_bytes,
+    tiny_llama,
+    tiny_neox,
+)  # fmt: skip
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils.generic import maybe_autocast
 
 import hf_fpdt
 from hf_fpdt import model_plan, step_plan
 from hf_fpdt.disk_file import disk_file_for
-from hf_fpdt.footprint import FREE, MARK, MemoryRecorder, footprint_of, peak_bytes
+from hf_fpdt.footprint import FREE, MARK, MemoryRecorder, footprint_of
 from hf_fpdt.memory_model import LayerPlacement
 from hf_fpdt.transfers import transfers_for
 
@@ -270,6 +279,17 @@ def placed(monkeypatch, placements):
     monkeypatch.setattr(model_plan, "simple_plan", planned)
 
 
+def assert_exact(model, plain):
+    """Two steps in a row, so that what the first gave back is used again."""
+    batch = make_batch(2, 47)
+    want, want_grads = loss_and_gradients(plain, batch)
+    for _ in range(2):
+        model.zero_grad()
+        loss, grads = loss_and_gradients(model, batch)
+        assert abs(loss - want) <= 2e-6 * want
+        assert_gradients_close(grads, want_grads)
+
+
 MIXES = {
     "all": [("all", "device")],
     "input": [("input", "host")],
@@ -294,13 +314,7 @@ def test_a_file_is_exact(config, mix, monkeypatch, tmp_path):
     config.num_hidden_layers = 5
     placed(monkeypatch, [LayerPlacement(*entry) for entry in mix])
     model, plain = make_streamed(config, 10, offload="disk", disk_folder=str(tmp_path)), make_model(config, "eager")
-    batch = make_batch(2, 47)
-    want, want_grads = loss_and_gradients(plain, batch)
-    for _ in range(2):
-        model.zero_grad()
-        loss, grads = loss_and_gradients(model, batch)
-        assert abs(loss - want) <= 2e-6 * want
-        assert_gradients_close(grads, want_grads)
+    assert_exact(model, plain)
     file = disk_file_for(str(tmp_path), torch.device("cpu"))
     assert file.file_bytes > 0 == file.used_bytes
     assert list(tmp_path.iterdir()) == []
@@ -332,13 +346,7 @@ def test_every_placement_is_exact(config, mix, kv, monkeypatch):
         pytest.skip("K and V stream from the host")
     config.num_hidden_layers = 5
     placed(monkeypatch, [LayerPlacement(*entry) for entry in mix])
-    model, plain, batch = make_streamed(config, 10, kv=kv), make_model(config, "eager"), make_batch(2, 47)
-    want, want_grads = loss_and_gradients(plain, batch)
-    for _ in range(2):
-        model.zero_grad()
-        loss, grads = loss_and_gradients(model, batch)
-        assert abs(loss - want) <= 2e-6 * want
-        assert_gradients_close(grads, want_grads)
+    assert_exact(make_streamed(config, 10, kv=kv), make_model(config, "eager"))
     assert transfers_for(torch.device("cpu")).arena.used_bytes == 0
 
 
