@@ -31,8 +31,9 @@ class FPDTConfig:
             layers keep nothing and are computed from a layer below.
         offload (`str`, *optional*, defaults to `"auto"`):
             Where what the backward needs waits for it: `"none"` on the device, `"host"` in page-locked host memory, moved under
-            the compute, `"disk"` in host memory and, beyond `host_memory`, in a file in `disk_folder`. `"auto"` is host memory
-            and the device memory that is to spare; on a CPU it is `"none"`, and `"host"` only copies.
+            the compute, `"disk"` in host memory and, beyond `host_memory`, in a file in `disk_folder` (all of it, where no plan
+            is made: on a CPU without `gpu_memory`). `"auto"` is host memory and the device memory that is to spare; on a CPU
+            it is `"none"`, and `"host"` only copies.
         kv (`str`, *optional*, defaults to `"auto"`):
             K and V of the layer that runs: `"resident"`, whole on the device, or `"streamed"`, in blocks of a chunk from host
             memory, which holds only two blocks on the device. `"auto"` is `"resident"` if that fits.

@@ -32,7 +32,7 @@ class Plan:
         chunk_size: tokens of one sequence in a chunk.
         stream_kv: K and V of the running layer in blocks from the host, instead of whole on the device.
         placements: one a layer.
-        peaks: predicted for the step; None if nothing was measured (on a CPU without `gpu_memory`).
+        peaks: predicted for the step; None if nothing was measured (evaluation, sharded weights, a CPU without `gpu_memory`).
         rows: `(tensor, place, bytes)` of what waits for the backward.
         limits: what the prediction was held against.
     """
