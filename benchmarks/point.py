@@ -48,8 +48,8 @@ class Spec:
             raise ValueError(f"--contenders: got {self.contender!r}; one of {', '.join(CONTENDERS)} is needed.")
         if self.shape not in SHAPES:
             raise ValueError(f"--shape {self.shape}: one of {', '.join(SHAPES)} is needed.")
-        if self.layers < 1 or self.repeats < 1 or self.seq_len < 2:
-            raise ValueError(f"got {self.row()}, repeats {self.repeats}: a layer, a timed step and two tokens are the least.")
+        if self.layers < 1 or self.repeats < 0 or self.seq_len < 2:
+            raise ValueError(f"got {self.row()}, repeats {self.repeats}: one layer, no repeat and two tokens are the least.")
         if min(self.lora, self.ballast_layers, self.ballast_gpu_gib, self.ballast_host_gib) < 0:
             raise ValueError("--lora, --ballast-layers, --ballast-gpu-gib and --ballast-host-gib must not be negative.")
         if self.ballast_host_gib and not self.contender.startswith("fpdt"):
@@ -85,7 +85,7 @@ def main():
 
 
 def measure(spec: Spec) -> dict:
-    """The row of a point: one warm-up step, then `spec.repeats` timed ones."""
+    """The row of a point: one warm-up step, then `spec.repeats` timed ones; with none, the first is the one measured."""
     import torch
 
     from .ballast import hold
@@ -101,12 +101,13 @@ def measure(spec: Spec) -> dict:
     optimizer = _optimizer(spec.optimizer, model)
     step = partial(_step, model, forward_backward, optimizer, ids, spec.device)
     first_step_s, first_loss = step()
-    if spec.device == "cuda":
+    if spec.device == "cuda" and spec.repeats:
         torch.cuda.reset_peak_memory_stats()
-    seconds, losses = zip(*(step() for _ in range(spec.repeats)), strict=True)
+    later = [step() for _ in range(spec.repeats)]
+    seconds = [seconds for seconds, _ in later] or [first_step_s]
     median = statistics.median(seconds)
-    losses = [first_loss, *losses]
-    row = {"first_step_s": first_step_s, "step_s": median, "all_steps_s": list(seconds)}
+    losses = [first_loss, *(loss for _, loss in later)]
+    row = {"first_step_s": first_step_s, "step_s": median, "all_steps_s": seconds}
     row |= {"loss": losses[-1], "losses": losses, "tokens_per_s": spec.seq_len / median}
     row |= _memory(spec, model, optimizer, held) | _predicted(model)
     row |= _speed(spec, step_flops(config, spec.seq_len, frozen=spec.lora > 0) / median)

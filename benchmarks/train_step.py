@@ -4,9 +4,9 @@ One training step by contender and length: seconds, peak memory, causal MFU.
     python -m benchmarks.train_step --contenders liger,alst,fpdt+liger --seq-lens 65536,131072 --layers 4 --out results.json
 
 Every point runs in a fresh process, which imports while the point before it computes (`ahead.py`, `point.py`). Time: CUDA
-events around a whole step, after one warm-up step, median of `--repeats`. Memory: torch's peak of allocated bytes over the
-timed steps, and host bytes locked by hf_fpdt. Running out of memory, a crash, and a point that the time limit kept from
-starting are rows.
+events around a whole step, after one warm-up step, median of `--repeats` (0: the first step itself, where a step takes
+minutes). Memory: torch's peak of allocated bytes over the timed steps, and host bytes locked by hf_fpdt. Running out of memory,
+a crash, and a point that the time limit kept from starting are rows.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--seq-lens", default="65536", help="tokens, separated by commas")
     parser.add_argument("--shape", default="llama-3.1-8b", help="a name in benchmarks/shapes.py")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2, help="timed steps")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: only that one")
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
     parser.add_argument("--optimizer", choices=("none", "adamw"), default="none", help="adamw: fused, its step is timed too")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on q, k, v and o; the rest is frozen")

@@ -80,8 +80,11 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
         if config.gpu_memory != "auto":
             raise
         # The step itself says what is wrong, or works: then only its memory is not known.
-        logger.warning("hf_fpdt: %s could not be measured (%s); everything waits on the host", type(model).__name__, error)
-        return simple_plan(config, batch_size, seq_len, kind, len(layers))
+        plan = simple_plan(config, batch_size, seq_len, kind, len(layers))
+        logger.warning(
+            "hf_fpdt: %s could not be measured (%s); it runs by a plan without one:\n%s", type(model).__name__, error, plan
+        )
+        return plan
     grads = sum(weight.nbytes for weight in trainable)
     in_layers = sum(layer.weight_grads for layer in measured.layers)
     held = bool(trainable) and all(weight.grad is not None for weight in trainable)

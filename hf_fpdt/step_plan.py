@@ -55,8 +55,9 @@ class Plan:
         return "\n".join([self._headline(), *self._table()])
 
     def _headline(self) -> str:
+        chunks = len(self.spans)
         text = (
-            f"hf_fpdt: {self.batch_size} x {self.seq_len} tokens in {len(self.spans)} chunks of {self.chunk_size}, "
+            f"hf_fpdt: {self.batch_size} x {self.seq_len} tokens in {chunks} chunk{'s' * (chunks > 1)} of {self.chunk_size}, "
             f"K and V {'streamed' if self.stream_kv else 'resident'}"
         )
         if self.peaks is None:
@@ -67,6 +68,8 @@ class Plan:
         if self.peaks is None:
             return []
         lines = [f"  {name:<44}{place:<8}{size / _GIB:>9.2f} GiB" for name, place, size in self.rows]
+        if self.limits.reserve:
+            lines.append(f"  {'kept free: gradients, optimizer states':<44}{'device':<8}{self.limits.reserve / _GIB:>9.2f} GiB")
         for place, size, limit in (
             ("device", self.peaks.device, self.limits.device),
             ("host", self.peaks.host, self.limits.host),

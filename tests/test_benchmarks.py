@@ -143,7 +143,7 @@ def test_a_point_waits_without_cuda(monkeypatch):
     [
         (["--contenders", "fpdt,flash"], "'flash'"),
         (["--shape", "70b"], "--shape 70b"),
-        (["--repeats", "0"], "repeats 0"),
+        (["--repeats", "-1"], "repeats -1"),
         (["--ballast-gpu-gib", "-1"], "--ballast-gpu-gib"),
         (["--contenders", "liger", "--ballast-host-gib", "1"], "--ballast-host-gib with liger"),
     ],

@@ -122,6 +122,22 @@ def test_streamed_keys_and_values_with_slow_copies(save_attention, slow_copies):
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("slow", [False, True], ids=["", "slow"])
+def test_disk_is_bitwise_the_same(slow, tmp_path, request):
+    """Of 4 layers, what 3 MiB of host memory cannot hold goes through the file."""
+    if slow:
+        request.getfixturevalue("slow_copies")
+    model, ids = llama(), tokens()
+    settings = {"chunk_size": 128, "kernel": "naive", "recompute": True}
+    want = step(hf_fpdt.apply_fpdt(copy.deepcopy(model), hf_fpdt.FPDTConfig(offload="none", **settings)), ids)
+    config = hf_fpdt.FPDTConfig(offload="disk", disk_folder=str(tmp_path), host_memory=6 << 20, **settings)
+    hf_fpdt.apply_fpdt(model, config)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(step(model, ids), want, strict=True))
+    plan = next(iter(model.model.__dict__["_fpdt_plans"].values()))
+    assert plan.peaks.disk > 0, str(plan)
+
+
 def test_layers_never_synchronize_the_host(monkeypatch):
     model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=128))
     ids = tokens()
