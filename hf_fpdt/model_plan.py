@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MEASURED_TOKENS = 512  # of every sequence; weights dominate at this length, see footprint.py
 _RESERVED_SHARE = 0.06  # of the GPU's memory, for what the allocator cannot use
+_HOST_SHARE = (
+    0.95  # of what the host has available; the process itself grows in a step, and slabs are not filled to the last byte
+)
 _PLANS, _UNTRAINED = "_fpdt_plans", "_fpdt_untrained"
 
 
@@ -145,7 +148,7 @@ def _host_limit(config: FPDTConfig, device: torch.device) -> int | None:
         return config.host_memory - used
     available = available_host_bytes()
     locked = 0 if arena is None else arena.locked_bytes
-    return None if available is None else max(available - RESERVE_BYTES, 0) + locked - used
+    return None if available is None else int(_HOST_SHARE * max(available - RESERVE_BYTES, 0)) + locked - used
 
 
 def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) -> int:

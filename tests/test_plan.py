@@ -173,6 +173,15 @@ def test_a_model_that_cannot_be_measured_is_not_planned(caplog):
     assert "LlamaModel could not be measured (division by zero); it runs by a plan without" in caplog.text
 
 
+def test_the_plan_does_not_count_on_the_last_of_host_memory(monkeypatch):
+    """The process itself takes some in a step: with 124 GiB available, 119 could be locked on the machine where this was seen."""
+    monkeypatch.setattr(model_plan, "available_host_bytes", lambda: 124 << 30)
+    planned = hf_fpdt.plan(llama(), seq_len=64, config=hf_fpdt.FPDTConfig(gpu_memory=PLENTY)).limits.host
+    assert 110 << 30 < planned < 118 << 30
+    given = hf_fpdt.FPDTConfig(gpu_memory=PLENTY, host_memory=123 << 30)
+    assert hf_fpdt.plan(llama(), seq_len=64, config=given).limits.host == 123 << 30
+
+
 # ---- choices ----
 
 
