@@ -125,7 +125,11 @@ def measure(spec: Spec) -> dict:
 
 def is_memory_shortage(error: Exception) -> bool:
     """Out of memory in any library, or hf_fpdt's refusal of a step that does not fit."""
-    return type(error).__name__ in (*_REFUSALS, "OutOfMemoryError") or "out of memory" in str(error).lower()
+    return (
+        type(error).__name__ in (*_REFUSALS, "OutOfMemoryError")
+        or "out of memory" in str(error).lower()
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    )
 
 
 def _optimizer(name: str, model):

@@ -5,7 +5,7 @@ A chunk is the slice of the sequence that one pipeline step handles. Chunks are 
 sequence; only the last may be shorter than the rest.
 """
 
-AUTO_CHUNK_TOKENS = {"cuda": 32768, "cpu": 2048}
+AUTO_CHUNK_TOKENS = {"cuda": 16384, "cpu": 2048}
 _ALIGNMENT = 128  # tokens; the largest tile height of the attention kernels
 
 

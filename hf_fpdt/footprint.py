@@ -8,7 +8,7 @@ that length. Nothing is assumed about the code: adapters, experts, fused kernels
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,17 +59,18 @@ class Footprint:
 
 
 def footprint_of(
-    run: Callable[[int, "MemoryRecorder"], None], lengths: tuple[int, int], constant: Collection[int] = ()
+    run: Callable[[int, "MemoryRecorder"], None], lengths: tuple[int, int], constant: Set[int] = frozenset()
 ) -> Footprint:
     """
     Args:
         run: called with a number of tokens and the recorder, whose `mark` it may call; keeps nothing.
         lengths: two different numbers of tokens.
-        constant: sizes in bytes that are those of weights, for code that makes other allocations with other tokens.
+        constant: sizes in bytes that are those of weights, for code that makes other allocations with other tokens. They count
+            as such if both lengths have them: what grows and has the size of a weight by chance has it in one.
     """
     short, long = (_record(run, length) for length in lengths)
     if [event[:2] for event in short] != [event[:2] for event in long]:
-        return _proportional(long, lengths[1], constant)  # what runs depends on the tokens, as with experts
+        return _proportional(long, lengths[1], constant & _sizes(short))  # what runs depends on the tokens, as with experts
     few, many = ([size for kind, _, size in log if kind == ALLOCATE] for log in (short, long))
     slope = [(b - a) / (lengths[1] - lengths[0]) for a, b in zip(few, many, strict=True)]
     fixed = [a - s * lengths[0] for a, s in zip(few, slope, strict=True)]
@@ -83,7 +84,11 @@ def _record(run, length: int) -> list[tuple]:
     return recorder.log
 
 
-def _proportional(log: list[tuple], length: int, constant: Collection[int]) -> Footprint:
+def _sizes(log: list[tuple]) -> set[int]:
+    return {size for kind, _, size in log if kind == ALLOCATE}
+
+
+def _proportional(log: list[tuple], length: int, constant: Set[int]) -> Footprint:
     """From one run: everything grows but what has the size of a weight. Rather too much than too little."""
     sizes = [size for kind, _, size in log if kind == ALLOCATE]
     fixed = [float(size) if size in constant else 0.0 for size in sizes]

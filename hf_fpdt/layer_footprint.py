@@ -23,7 +23,7 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         weights: the layer's trainable parameters.
     """
     batch, tokens = x.shape[:2]
-    store, autocast, x = _NoAttention(), AutocastState(x.device.type), x.detach()
+    store, autocast, x = _NoAttention(), AutocastState(x.device.type), _part_of_longer(x.detach())
 
     def run_once(length: int, recorder: MemoryRecorder, needs_grad: bool) -> tuple[Tensor, Tensor]:
         store.recorder = recorder
@@ -42,7 +42,7 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
 
     with preserved_random_state(x.device):
         y = run_once(tokens, MemoryRecorder(), needs_grad=False)[1]
-        grad_y = torch.zeros_like(y)
+        grad_y = _part_of_longer(torch.zeros_like(y))
         traces = [footprint_of(run, (tokens // 2, tokens), _weight_sizes(weights)) for run in (forward, backward)]
     problem = store.problem
     key_value = problem.kv_heads * (problem.head_dim + problem.value_dim)
@@ -58,6 +58,11 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         forward=traces[0],
         backward=traces[1],
     )
+
+
+def _part_of_longer(x: Tensor) -> Tensor:
+    """The same as part of a longer sequence, as chunks are: with several sequences there is a gap after each."""
+    return torch.cat([x, x[:, :1]], dim=1)[:, :-1]
 
 
 class _NoAttention:

@@ -1,11 +1,12 @@
 """
 Peak memory of one training step, from the footprints of its parts. Arithmetic only.
 
-The step is played phase by phase: the forward of every layer, the loss, the final norm's backward, the backward of every layer
-from the last to the first, the embedding's backward. In each the model counts what is alive: what the layers below keep on the
-device, what the phase needs for the whole sequence, and the intermediates of one chunk.
+The step is played phase by phase: the forward of every layer, the final norm, the loss, the norm's backward, the backward of
+every layer from the last to the first, the embedding's backward. In each the model counts what is alive: what the layers below
+keep on the device, what the phase needs for the whole sequence, and the intermediates of one chunk.
 
     forward of a layer    whole sequence: x, y, K, V, and the first layer's input, which transformers' model holds
+    final norm            whole sequence: the first layer's input, the last one's output, its own output, K and V on their way
     loss                  whole sequence: the last norm's output and its gradient, and its input unless that is kept elsewhere;
                           fp32 sums of the head's gradient
     backward of a layer   whole sequence: grad_y (grad_x takes its place), K, V and their fp32 gradients; fp32 sums of the
@@ -153,6 +154,7 @@ class MemoryModel:
         for index, layer in enumerate(model.layers):
             phases.append((base + below + self._forward(layer, index), f"forward of layer {index}"))
             below += kept[index] if placements[index].place == "device" else 0
+        phases.append((base + below + self._norm(placements[-1]), "final norm"))
         grads = 0 if held or model.loss is None else model.loss.head_grads
         start = base + below + self._prefetched(len(placements) - 1, placements)
         phases.append((start + self._loss(placements[-1]), "loss"))
@@ -193,6 +195,10 @@ class MemoryModel:
             return 0
         several = 2 * layer.key_value + (2 + _PENDING_SUMS) * layer.key_value_sums
         return (several if self.num_chunks > 1 else layer.key_value) * self._chunk_tokens
+
+    def _norm(self, last_placement: LayerPlacement) -> float:
+        last, leaving = self.model.layers[-1], not self.stream_kv and last_placement.place != "device"
+        return (3 * last.hidden + leaving * last.key_value) * self._tokens
 
     def _loss(self, last_placement: LayerPlacement) -> float:
         last, loss = self.model.layers[-1], self.model.loss

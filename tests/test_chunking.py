@@ -29,10 +29,10 @@ def test_a_given_size_is_kept_up_to_the_sequence(setting, want):
 @pytest.mark.parametrize(
     ("device", "batch", "seq_len", "want"),
     [
-        ("cuda", 1, 131072, 32768),
-        ("cuda", 2, 131072, 16384),
-        ("cuda", 1, 32768, 32768),
-        ("cuda", 1, 32769, 16512),  # two chunks: 16385 rounded up to a multiple of 128
+        ("cuda", 1, 131072, 16384),
+        ("cuda", 2, 131072, 8192),
+        ("cuda", 1, 16384, 16384),
+        ("cuda", 1, 16385, 8320),  # two chunks: 8193 rounded up to a multiple of 128
         ("cuda", 1, 100, 100),
         ("cuda", 1000, 1000, 128),
         ("cpu", 1, 8192, 2048),
