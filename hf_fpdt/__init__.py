@@ -1,8 +1,11 @@
 """
 hf_fpdt: finetune Hugging Face models on very long sequences, streamed chunk by chunk (FPDT, arXiv 2408.16978).
 
-Importing it makes "fpdt" a valid `attn_implementation`; a model made that way streams when it trains or evaluates.
+Importing it makes "fpdt" a valid `attn_implementation`; a model made that way streams when it trains or evaluates. In a process
+that is one of several it also prepares Trainer and Accelerator for sequence parallelism, see `accelerate_wiring`.
 """
+
+import os
 
 from .attention_interface import register
 from .config import FPDTConfig
@@ -10,6 +13,7 @@ from .disk_file import DiskSpaceError
 from .host_arena import HostMemoryError
 from .modeling import apply_fpdt, restore, watch_models
 from .planning import plan
+from .plugin import FPDTPlugin
 from .step_plan import DeviceMemoryError
 from .version import __version__
 
@@ -17,6 +21,7 @@ __all__ = [
     "DeviceMemoryError",
     "DiskSpaceError",
     "FPDTConfig",
+    "FPDTPlugin",
     "HostMemoryError",
     "__version__",
     "apply_fpdt",
@@ -24,5 +29,14 @@ __all__ = [
     "restore",
 ]
 
+
+def _enable_in_runs_of_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from .accelerate_wiring import enable
+
+        enable()
+
+
 register()
 watch_models()
+_enable_in_runs_of_several_processes()

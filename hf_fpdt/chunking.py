@@ -9,16 +9,18 @@ AUTO_CHUNK_TOKENS = {"cuda": 16384, "cpu": 2048}
 _ALIGNMENT = 128  # tokens; the largest tile height of the attention kernels
 
 
-def resolve_chunk_size(
-    setting: int | str, *, batch_size: int, seq_len: int, device_type: str, tokens: int | None = None
-) -> int:
+def auto_chunk_tokens(device_type: str) -> int:
+    """Tokens of a chunk, batch included, that `"auto"` aims at on one device of this type."""
+    return AUTO_CHUNK_TOKENS.get(device_type, AUTO_CHUNK_TOKENS["cpu"])
+
+
+def resolve_chunk_size(setting: int | str, *, batch_size: int, seq_len: int, tokens: int) -> int:
     """
     Tokens of one sequence in one chunk. `"auto"` divides the sequence into equal chunks, a multiple of 128 tokens each,
-    such that a chunk of the whole batch has at most about `tokens` tokens, `AUTO_CHUNK_TOKENS` if not given.
+    such that a chunk of the whole batch has at most about `tokens` tokens.
     """
     if setting != "auto":
         return min(setting, seq_len)
-    tokens = AUTO_CHUNK_TOKENS.get(device_type, AUTO_CHUNK_TOKENS["cpu"]) if tokens is None else tokens
     target = max(tokens // batch_size, _ALIGNMENT)
     num_chunks = -(-seq_len // target)
     size = -(-seq_len // num_chunks)

@@ -136,7 +136,8 @@ def _record(func, args, kwargs) -> DeferredLogits | None:
         return func(*rest[:position], tensor, *rest[position:], **kwargs)
 
     dtype = step(torch.empty(0, dtype=logits.dtype, device=logits.device)).dtype
-    steps = (*logits.steps, step)
+    # What is detached without gradients has none to lose: in the hooks by which ZeRO-3 passes every module's output on.
+    steps = logits.steps if func is torch.Tensor.detach and not torch.is_grad_enabled() else (*logits.steps, step)
     size = logits.shape[-1]
     deferred = DeferredLogits(logits.hidden, logits.head_module, logits.head, vocab_size=size, dtype=dtype, steps=steps)
     deferred.called_with = logits.called_with

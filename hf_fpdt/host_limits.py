@@ -1,5 +1,6 @@
 """How much host memory this process may still take: what the machine has free, and what its control groups allow."""
 
+import os
 from pathlib import Path
 
 RESERVE_BYTES = 2 << 30  # left to the rest of the machine
@@ -14,6 +15,12 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
     found = [_meminfo(root), *(_group(group) for group in _groups(root))]
     known = [value for value in found if value is not None]
     return max(min(known), 0) if known else None
+
+
+def processes_on_host() -> int:
+    """Processes of this run that share the host's memory, as torchrun and `accelerate launch` tell them; 1 without."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(int(count), 1) if count.isdecimal() else 1
 
 
 def _meminfo(root: Path) -> int | None:

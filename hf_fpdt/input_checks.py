@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor) -> None:
+def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor, *, sharded: bool = False) -> None:
     """
     Args:
         model: the model that owns the decoder layers.
         arguments: arguments of its forward by name.
         tokens: its `input_ids` or `inputs_embeds`, `[batch, seq_len, ...]`.
+        sharded: whether these are part of a sequence, whose positions have gaps.
 
     Raises:
         ValueError: for inputs without tokens, padding, packed documents, attention outputs, `nn.DataParallel`.
@@ -38,7 +39,8 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
             "empty batches out."
         )
     _check_mask(name, arguments.get("attention_mask"), tokens)
-    _check_positions(name, arguments.get("position_ids"))
+    if not sharded:
+        _check_positions(name, arguments.get("position_ids"))
     for packing in _PACKING:
         if arguments.get(packing) is not None:
             raise ValueError(

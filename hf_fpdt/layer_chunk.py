@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .head_exchange import HeadExchange, NoExchange
 from .kernel_choice import choose_kernel
 from .key_value_store import ResidentStore, StreamedStore
 from .memory_model import LayerPlacement
@@ -45,7 +46,9 @@ class LayerCall:
         module: the layer.
         forward: the layer's own forward; `forward(x_chunk, **arguments)` returns the output, or a tuple that starts with it.
         arguments: for a span `(start, stop)`, the keyword arguments of that chunk.
-        spans: `(start, stop)` of every chunk, in order.
+        spans: `(start, stop)` of every chunk in what this process has of the sequence, in order.
+        store_spans: the same in the whole sequence. They differ in a sequence-parallel group.
+        exchange: between the processes of the group.
         kernel: kernel name as in `FPDTConfig`.
         placement: what is kept for the backward, and where.
         stream_kv: keep K and V in host memory also while the layer runs, and fetch them in blocks.
@@ -57,6 +60,8 @@ class LayerCall:
     forward: Callable[..., Any]
     arguments: Callable[[tuple[int, int]], dict[str, Any]]
     spans: Sequence[tuple[int, int]]
+    store_spans: Sequence[tuple[int, int]]
+    exchange: NoExchange | HeadExchange
     kernel: str
     placement: LayerPlacement
     stream_kv: bool
@@ -67,7 +72,7 @@ class LayerCall:
         return self.keep(tensor, self.placement.place)
 
     def new_store(self) -> ResidentStore | StreamedStore:
-        return (StreamedStore if self.stream_kv else ResidentStore)(self.spans, self.keep_here)
+        return (StreamedStore if self.stream_kv else ResidentStore)(self.store_spans, self.keep_here)
 
 
 def run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "Chunk") -> Tensor:
@@ -117,10 +122,17 @@ class Chunk:
             )
         kernel = choose_kernel(self.call.kernel, query.device, query.dtype, query.shape[-1], value.shape[-1])
         with no_autocast(query.device.type):
-            return self._attend(kernel, query.contiguous(), key, value, scale)
+            return self._attend(kernel, query, key, value, scale)
 
     def _attend(self, kernel, query, key, value, scale):
         raise NotImplementedError
+
+    def _attend_first(self, kernel, query, key, value, scale) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores K and V and attends: the query, out and lse of all tokens of the chunk and this process's heads."""
+        query, key, value = self.call.exchange.scatter(query, key, value)
+        query = query.contiguous()
+        self.store.append(self.index, key, value)
+        return query, *self.store.attend(kernel, self.index, query, scale)
 
 
 class ForwardChunk(Chunk):
@@ -136,11 +148,10 @@ class ForwardChunk(Chunk):
         self._keep = keep
 
     def _attend(self, kernel, query, key, value, scale):
-        self.store.append(self.index, key, value)
-        out, lse = self.store.attend(kernel, self.index, query, scale)
+        _, out, lse = self._attend_first(kernel, query, key, value, scale)
         if self._keep is not None:
             self._keep(out, lse)
-        return out
+        return self.call.exchange.gather_heads(out)
 
 
 class GraphChunk(Chunk):
@@ -148,9 +159,8 @@ class GraphChunk(Chunk):
 
     def _attend(self, kernel, query, key, value, scale):
         with torch.no_grad():
-            self.store.append(self.index, key, value)
-            out, lse = self.store.attend(kernel, self.index, query, scale)
-        return _SavedAttention.apply(query, key, value, out, lse, (self.store, kernel, self.index, scale))
+            found = self._attend_first(kernel, query, key, value, scale)
+        return _SavedAttention.apply(query, key, value, *found, (self, kernel, scale))
 
 
 class BackwardChunk(Chunk):
@@ -166,27 +176,37 @@ class BackwardChunk(Chunk):
         self._kept = kept
 
     def _attend(self, kernel, query, key, value, scale):
-        if self._kept is not None:
-            out, lse = (kept.get() for kept in self._kept)
-        else:
-            with torch.no_grad():
-                out, lse = self.store.attend(kernel, self.index, query, scale)
-        return _SavedAttention.apply(query, key, value, out, lse, (self.store, kernel, self.index, scale))
+        with torch.no_grad():
+            own_query = self.call.exchange.scatter_heads(query).contiguous()
+            if self._kept is not None:
+                out, lse = (kept.get() for kept in self._kept)
+            else:
+                out, lse = self.store.attend(kernel, self.index, own_query, scale)
+        return _SavedAttention.apply(query, key, value, own_query, out, lse, (self, kernel, scale))
 
 
 class _SavedAttention(torch.autograd.Function):
-    """Attention whose result is known: returns it, and has the gradient of having computed it."""
+    """
+    Attention whose result is known: returns it, and has the gradient of having computed it.
+
+    Args:
+        query, key, value: of this process's tokens.
+        own_query, out, lse: of all tokens of the chunk and this process's heads.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, value, out, lse, how):
-        ctx.save_for_backward(query, out, lse)
-        ctx.how = how
+    def forward(ctx, query, key, value, own_query, out, lse, how):
+        ctx.save_for_backward(own_query, out, lse)
+        ctx.how, ctx.kv_heads = how, key.shape[2]
+        out = how[0].call.exchange.gather_heads(out)
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, out, lse = ctx.saved_tensors
-        store, kernel, index, scale = ctx.how
-        grads = store.attend_backward(kernel, index, grad_out.contiguous(), query, out, lse, scale)
-        return *grads, None, None, None
+        own_query, out, lse = ctx.saved_tensors
+        chunk, kernel, scale = ctx.how
+        exchange = chunk.call.exchange
+        grad_out = exchange.scatter_heads(grad_out).contiguous()
+        grads = chunk.store.attend_backward(kernel, chunk.index, grad_out, own_query, out, lse, scale)
+        return *exchange.gather_grads(*grads, ctx.kv_heads), None, None, None, None

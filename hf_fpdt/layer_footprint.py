@@ -22,14 +22,14 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         x: `[batch, tokens, hidden]`, at least two tokens.
         weights: the layer's trainable parameters.
     """
-    batch, tokens = x.shape[:2]
+    (batch, tokens), ranks = x.shape[:2], call.exchange.size
     store, autocast, x = _NoAttention(), AutocastState(x.device.type), _part_of_longer(x.detach())
 
     def run_once(length: int, recorder: MemoryRecorder, needs_grad: bool) -> tuple[Tensor, Tensor]:
         store.recorder = recorder
         x_chunk = x[:, :length].detach().requires_grad_(needs_grad)
         with autocast.context(), torch.set_grad_enabled(needs_grad):
-            one = replace(call, spans=[(0, length)])
+            one = replace(call, spans=[(0, length)], store_spans=[(0, length * ranks)])
             return x_chunk, run_chunk(one, x_chunk, GraphChunk(one, 0, store))
 
     def forward(length: int, recorder: MemoryRecorder) -> None:
@@ -45,16 +45,17 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         grad_y = _part_of_longer(torch.zeros_like(y))
         traces = [footprint_of(run, (tokens // 2, tokens), _weight_sizes(weights)) for run in (forward, backward)]
     problem = store.problem
-    key_value = problem.kv_heads * (problem.head_dim + problem.value_dim)
+    # A token of this process is `ranks` tokens of its heads.
+    key_value = ranks * problem.kv_heads * (problem.head_dim + problem.value_dim)
     wide = max(problem.itemsize, 4)
     return LayerFootprint(
         hidden=x.nbytes / (batch * tokens),
         key_value=key_value * problem.itemsize,
         key_value_sums=key_value * wide,
-        attention=problem.heads * (problem.value_dim * problem.itemsize + wide),
+        attention=ranks * problem.heads * (problem.value_dim * problem.itemsize + wide),
         weight_grads=sum(weight.nbytes for weight in weights),
         weight_sums=sum(weight.numel() * max(weight.element_size(), 4) for weight in weights),
-        workspace=store.workspace,
+        workspace=lambda queries, keys: store.workspace(ranks * queries, ranks * keys),
         forward=traces[0],
         backward=traces[1],
     )

@@ -43,8 +43,10 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         name=f"{type(layer).__name__} {_layer_index(layer)}",
         module=layer,
         forward=forward,
-        arguments=partial(_arguments_of_chunk, arguments, running.seq_len),
+        arguments=partial(_arguments_of_chunk, arguments, running.local_len),
         spans=running.spans,
+        store_spans=running.store_spans,
+        exchange=running.exchange,
         kernel=running.kernel,
         placement=running.next_placement(),
         stream_kv=running.stream_kv,
@@ -57,7 +59,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
 
 def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):
     running, forward = active_pass(), inner_forward(norm)
-    if running is None or kwargs or len(args) != 1 or args[0].ndim != 3 or args[0].shape[1] != running.seq_len:
+    if running is None or kwargs or len(args) != 1 or args[0].ndim != 3 or args[0].shape[1] != running.local_len:
         return forward(*args, **kwargs)
     return stream_tokens(norm, forward, args[0], running.spans, running.keep_last)
 

@@ -78,7 +78,9 @@ def causal_lm_loss(
         )
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    weights = [weight for weight in logits.head_module.parameters() if weight.requires_grad]
+    # One by one from each module's own: this is how ZeRO-3 notices that they are used here, and gathers them.
+    weights = [module._parameters[name] for module in logits.head_module.modules() for name in module._parameters]
+    weights = [weight for weight in weights if weight is not None and weight.requires_grad]
     total, count = chunked_cross_entropy(
         logits.hidden, shift_labels, logits.logits_of, weights, vocab_size=vocab_size, ignore_index=ignore_index
     )

@@ -10,10 +10,13 @@ from transformers import PreTrainedModel
 
 from .chunked_loss import loss_chunk_bytes
 from .config import FPDTConfig
-from .host_limits import RESERVE_BYTES, available_host_bytes
+from .group_agreement import check_same, least
+from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
+from .host_limits import RESERVE_BYTES, available_host_bytes, processes_on_host
 from .memory_model import LossFootprint, ModelFootprint
 from .placement import Limits
 from .run_state import autocast_dtype, preserved_random_state
+from .sequence_layout import SequenceLayout
 from .step_plan import Plan, make_plan, simple_plan
 from .streamed_pass import MeasuringPass, running
 from .transfers import transfers_for
@@ -35,21 +38,28 @@ def plan_of_call(
     tokens: Tensor,
     config: FPDTConfig,
     measure: Callable[[MeasuringPass], None],
+    layout: SequenceLayout,
+    exchange: NoExchange | HeadExchange,
 ) -> Plan:
     """
-    The plan for a call of `model` on `tokens [batch, seq_len(, hidden)]`; the same one for the same kind of call.
+    The plan for a call of `model` on `tokens [batch, local_len(, hidden)]`; the same one for the same kind of call. Collective
+    in the group of `exchange`: its ranks must run alike.
 
     Args:
         layers: the model's decoder layers.
         head: the output layer whose loss is computed in chunks, if it is.
         measure: runs the model on its first `MEASURED_TOKENS` tokens under the pass it is given.
+        layout: of the sequence of which these are this process's tokens.
     """
     plans = model.__dict__.setdefault(_PLANS, {})
     trainable = sum(weight.requires_grad for weight in model.parameters())
     key = (config, tuple(tokens.shape[:2]), tokens.device, torch.is_grad_enabled(), model.training, trainable)
-    key += (head is None, autocast_dtype(tokens.device.type), tokens.requires_grad)
+    key += (head is None, autocast_dtype(tokens.device.type), tokens.requires_grad, layout.sp_size)
     if key not in plans:
-        plans[key] = new_plan(model, layers, head, tokens, config, measure)
+        plan = new_plan(model, layers, head, tokens, config, measure, layout, exchange)
+        settled = (plan.chunk_size, plan.stream_kv, tuple(placement.keeps for placement in plan.placements))
+        check_same(exchange.group, "their plan", settled, "Give all of them the same model, FPDTConfig and kernels.")
+        plans[key] = plan
         logger.info("%s", plans[key])
     return plans[key]
 
@@ -60,22 +70,22 @@ def forget_plans(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -> Plan:
+def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure, layout, exchange) -> Plan:
     """A plan made now; the arguments are those of `plan_of_call`."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    batch_size, seq_len = tokens.shape[:2]
+    batch_size, local_len = tokens.shape[:2]
     device = tokens.device
     no_backward = not (torch.is_grad_enabled() and (trainable or tokens.requires_grad))
-    kind = "cuda" if device.type == "meta" else device.type  # a model without memory is planned for a GPU
+    kind = device_type_of(device)
     sharded = _is_sharded(model)
     if sharded and config.gpu_memory != "auto":
         raise ValueError(
             f"FPDTConfig(gpu_memory={config.gpu_memory}) with weights that are sharded over processes (ZeRO-3, FSDP2): their "
             'step is not planned in this version. Leave gpu_memory="auto"; everything then waits on the host.'
         )
-    if no_backward or seq_len < 2 or sharded or (kind != "cuda" and config.gpu_memory == "auto"):
-        return simple_plan(config, batch_size, seq_len, kind, len(layers))
-    measured = MeasuringPass(min(seq_len, MEASURED_TOKENS), config.kernel)
+    if no_backward or local_len < 2 or sharded or (kind != "cuda" and config.gpu_memory == "auto"):
+        return simple_plan(config, batch_size, layout, kind, len(layers))
+    measured = _measuring_pass(local_len, config, exchange)
     try:
         with preserved_random_state(device), _without_hooks(model), running(measured):
             measure(measured)
@@ -83,7 +93,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
         if config.gpu_memory != "auto":
             raise
         # The step itself says what is wrong, or works: then only its memory is not known.
-        plan = simple_plan(config, batch_size, seq_len, kind, len(layers))
+        plan = simple_plan(config, batch_size, layout, kind, len(layers))
         logger.warning(
             "hf_fpdt: %s could not be measured (%s); it runs by a plan without one:\n%s", type(model).__name__, error, plan
         )
@@ -93,19 +103,43 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure) -
     held = bool(trainable) and all(weight.grad is not None for weight in trainable)
     footprint = ModelFootprint(
         layers=measured.layers,
-        loss=None if head is None else _loss(head, batch_size * seq_len, measured.layers[-1].hidden, kind),
+        loss=None if head is None else _loss(head, batch_size * local_len, measured.layers[-1].hidden, kind),
         arguments=measured.argument_bytes,
         resident=_resident(model, head, device),
         other_grads=grads - in_layers,
         grads_held=held,
     )
     head_grads = 0 if footprint.loss is None else footprint.loss.head_grads
-    limits = Limits(
-        device=device_limit(config, device),
-        host=_host_limit(config, device),
-        reserve=(0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads),
+    reserve = (0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads)
+    limits = _agreed(exchange.group, config, device, footprint.resident, reserve)
+    return make_plan(footprint, config, limits, batch_size=batch_size, layout=layout, device_type=kind)
+
+
+def layout_of(tokens: Tensor, config: FPDTConfig, sp_size: int) -> SequenceLayout:
+    """Of the sequence of which `tokens [batch, local_len(, hidden)]` are one process's."""
+    batch_size, local_len = tokens.shape[:2]
+    kind = device_type_of(tokens.device)
+    return SequenceLayout.of(
+        local_len * sp_size, setting=config.chunk_size, batch_size=batch_size, device_type=kind, sp_size=sp_size
     )
-    return make_plan(footprint, config, limits, batch_size=batch_size, seq_len=seq_len, device_type=kind)
+
+
+def device_type_of(device: torch.device) -> str:
+    """A model without memory (on the meta device) is planned for a GPU."""
+    return "cuda" if device.type == "meta" else device.type
+
+
+def _measuring_pass(local_len: int, config: FPDTConfig, exchange) -> MeasuringPass:
+    alone = exchange if exchange.size == 1 else MeasuredExchange(exchange.size, exchange.rank)
+    return MeasuringPass(min(local_len, MEASURED_TOKENS), config.kernel, alone)
+
+
+def _agreed(group, config: FPDTConfig, device: torch.device, resident: int, reserve: int) -> Limits:
+    """The limits of this process, with no more left of them than on any other of the group."""
+    limit = device_limit(config, device)
+    left = None if limit is None else limit - resident - reserve
+    left, host = least(group, (left, _host_limit(config, device)))
+    return Limits(device=None if left is None else left + resident + reserve, host=host, reserve=reserve)
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -148,7 +182,9 @@ def _host_limit(config: FPDTConfig, device: torch.device) -> int | None:
         return config.host_memory - used
     available = available_host_bytes()
     locked = 0 if arena is None else arena.locked_bytes
-    return None if available is None else int(_HOST_SHARE * max(available - RESERVE_BYTES, 0)) + locked - used
+    if available is None:
+        return None
+    return int(_HOST_SHARE * max(available - RESERVE_BYTES, 0)) // processes_on_host() + locked - used
 
 
 def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) -> int:

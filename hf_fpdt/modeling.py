@@ -18,17 +18,19 @@ from transformers.utils import logging
 
 from .attention_interface import NAME, uses_attention_interface
 from .config import FPDTConfig
+from .head_exchange import HeadExchange, NoExchange
 from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
 from .layer_wiring import causal_attention, wire, without_checkpointing
 from .model_loss import chunked_loss, deferring_head, remove_chunked_loss
-from .model_plan import forget_plans, plan_of_call
+from .model_plan import forget_plans, layout_of, plan_of_call
 from .places import Places
+from .shard_checks import check_shard, check_shard_labels, check_shardable
 from .streamed_pass import MeasuringPass, StreamedPass, running
 
 logger = logging.get_logger(__name__)
 
-_CONFIG, _PREVIOUS = "_fpdt_config", "_fpdt_previous_implementation"
+_CONFIG, _PREVIOUS, _SP_GROUP = "_fpdt_config", "_fpdt_previous_implementation", "_fpdt_sp_group"
 
 
 def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=None) -> nn.Module:
@@ -40,33 +42,33 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
             A causal LM whose attention goes through transformers' attention interface. Changed in place.
         config (`FPDTConfig`, *optional*): the settings; the defaults if not given.
         sp_group (`torch.distributed.ProcessGroup`, *optional*):
-            Sequence-parallel group. Only groups of one process work in this version.
+            The processes that share every sequence in training. Each calls the model with its shard, as `shard_batch` and
+            `ShardedDataLoader` make it, gets the mean loss over its own labels (`global_mean` has that over all), and the
+            gradients of its shard. In evaluation mode a model takes whole sequences, each process its own.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: for a model that cannot be streamed, by class, and for a group of several processes.
+        ValueError: for a model that cannot be streamed, by class; for one whose attention heads the group does not divide.
     """
     base = transformers_model(model)
     config = FPDTConfig() if config is None else config
     if not isinstance(config, FPDTConfig):
         raise ValueError(f"apply_fpdt(config=...) got {type(config).__name__}; an FPDTConfig is needed.")
-    if sp_group is not None and sp_group.size() > 1:
-        raise ValueError(
-            f"apply_fpdt(sp_group=...) got a group of {sp_group.size()} processes; this version streams on one process per "
-            "sequence. Pass sp_group=None and use data parallelism."
-        )
     _check_class(type(base))
     if not streamed_models(base):
         raise ValueError(_no_layers(base))
+    sp_group = sp_group if sp_group is not None and sp_group.size() > 1 else None
+    if sp_group is not None:
+        check_shardable(base.config.get_text_config(), sp_group.size())
     previous = base.config._attn_implementation
     if previous != NAME:
         base.set_attn_implementation(NAME)
         base.__dict__[_PREVIOUS] = previous
     for owner in _models_in(base):
         attach(owner)
-        owner.__dict__[_CONFIG] = config
+        owner.__dict__[_CONFIG], owner.__dict__[_SP_GROUP] = config, sp_group
         forget_plans(owner)
     return model
 
@@ -83,7 +85,7 @@ def restore(model: nn.Module) -> nn.Module:
     for owner in _models_in(base):
         remove_chunked_loss(owner)
         forget_plans(owner)
-        for attribute in (_CONFIG, _PREVIOUS):
+        for attribute in (_CONFIG, _PREVIOUS, _SP_GROUP):
             owner.__dict__.pop(attribute, None)
     for module in base.modules():
         restore_forward(module)
@@ -131,17 +133,23 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
     if not layers:  # a model around the one that has the layers
         if len(_models_in(model)) == 1:
             raise ValueError(_no_layers(model))
+        if exchange_of(model).size > 1:
+            check_shard_labels(model, arguments)
         with chunked_loss(model, arguments):
             return forward(**arguments)
-    tokens = _input_tokens(model, arguments)
-    check_streamable(model, arguments, tokens)
+    tokens, config, exchange = _input_tokens(model, arguments), config_of(model), exchange_of(model)
+    check_streamable(model, arguments, tokens, sharded=exchange.size > 1)
+    layout = layout_of(tokens, config, exchange.size)
+    if exchange.size > 1:
+        check_shard(model, arguments, layout, exchange)
+        # Without a mask transformers takes gaps in the positions for borders of documents.
+        arguments["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     wire(model, layers)
-    config = config_of(model)
     with without_checkpointing(layers):
         run = partial(measure, forward, arguments, tokens.shape[1])
-        plan = plan_of_call(model, layers, deferring_head(), tokens, config, run)
+        plan = plan_of_call(model, layers, deferring_head(), tokens, config, run, layout, exchange)
         places = Places(config, tokens.device)
-        streamed = StreamedPass(plan, config.kernel, places.keep)
+        streamed = StreamedPass(plan, config.kernel, places.keep, exchange)
         with running(streamed):
             output = forward(**arguments)
     if streamed.last_saved is not None:
@@ -156,7 +164,7 @@ def measure(forward: Callable, arguments: dict[str, Any], seq_len: int, measured
     def first(value: Any) -> Any:
         if not torch.is_tensor(value) or seq_len not in value.shape[:2]:
             return value
-        cut = value[:, : measured.seq_len] if value.ndim > 1 and value.shape[1] == seq_len else value[: measured.seq_len]
+        cut = value[:, : measured.local_len] if value.ndim > 1 and value.shape[1] == seq_len else value[: measured.local_len]
         return cut.detach()
 
     collected = {name: False for name in ("output_hidden_states", "output_attentions") if arguments.get(name)}
@@ -197,6 +205,12 @@ def _input_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
 def config_of(model: PreTrainedModel) -> FPDTConfig:
     """The settings that a model streams with."""
     return model.__dict__.get(_CONFIG) or FPDTConfig()
+
+
+def exchange_of(model: PreTrainedModel) -> NoExchange | HeadExchange:
+    """Between the processes that share the sequences which this model is called with now."""
+    group = model.__dict__.get(_SP_GROUP)
+    return NoExchange() if group is None or not model.training else HeadExchange(group)
 
 
 def streamed_models(base: PreTrainedModel) -> list[tuple[PreTrainedModel, list[nn.Module]]]:

@@ -8,10 +8,11 @@ from torch import nn
 
 from .attention_interface import NAME
 from .config import FPDTConfig
+from .head_exchange import NoExchange
 from .host_arena import HostMemoryError
 from .instance_forward import inner_forward
 from .layer_wiring import wire, without_checkpointing
-from .model_plan import new_plan
+from .model_plan import layout_of, new_plan
 from .modeling import apply_fpdt, config_of, measure, restore, streamed_models, transformers_model
 from .step_plan import DeviceMemoryError, Plan
 
@@ -69,7 +70,7 @@ def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int) ->
     with torch.enable_grad(), without_checkpointing(layers):
         run = partial(measure, inner_forward(owner), arguments, seq_len)
         try:
-            return new_plan(owner, layers, head, ids, config, run)
+            return new_plan(owner, layers, head, ids, config, run, layout_of(ids, config, 1), NoExchange())
         except (RuntimeError, NotImplementedError) as error:
             if base.device.type != "meta" or isinstance(error, HostMemoryError | DeviceMemoryError):
                 raise

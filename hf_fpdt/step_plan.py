@@ -7,11 +7,12 @@ What one training step will do and take: chunk size, where K and V of the runnin
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .chunking import AUTO_CHUNK_TOKENS, chunk_spans, resolve_chunk_size
+from .chunking import auto_chunk_tokens, resolve_chunk_size
 from .config import FPDTConfig
 from .host_arena import HostMemoryError
 from .memory_model import LayerPlacement, MemoryModel, ModelFootprint, Peaks
 from .placement import Limits, PlacementSearch
+from .sequence_layout import SequenceLayout
 
 _GIB = 2**30
 _NAMES = {
@@ -28,13 +29,14 @@ class DeviceMemoryError(RuntimeError):
 class Plan:
     """
     Args:
-        batch_size, seq_len: of the step.
-        chunk_size: tokens of one sequence in a chunk.
+        batch_size, seq_len: of the step; all tokens of a sequence, whatever part of it this process has.
+        chunk_size: tokens of one sequence in a chunk, likewise.
         stream_kv: K and V of the running layer in blocks from the host, instead of whole on the device.
         placements: one a layer.
         peaks: predicted for the step; None if nothing was measured (evaluation, sharded weights, a CPU without `gpu_memory`).
         rows: `(tensor, place, bytes)` of what waits for the backward.
         limits: what the prediction was held against.
+        sp_size: processes that share a sequence.
     """
 
     batch_size: int
@@ -45,20 +47,22 @@ class Plan:
     peaks: Peaks | None = None
     rows: tuple[tuple[str, str, float], ...] = ()
     limits: Limits | None = None
+    sp_size: int = 1
 
     @property
-    def spans(self) -> list[tuple[int, int]]:
-        """`(start, stop)` of every chunk."""
-        return chunk_spans(self.seq_len, self.chunk_size)
+    def layout(self) -> SequenceLayout:
+        """The chunks, in the sequence and in what this process has of it."""
+        return SequenceLayout(self.seq_len, self.chunk_size, self.sp_size)
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *self._table()])
 
     def _headline(self) -> str:
-        chunks = len(self.spans)
+        chunks = len(self.layout.spans)
         text = (
             f"hf_fpdt: {self.batch_size} x {self.seq_len} tokens in {chunks} chunk{'s' * (chunks > 1)} of {self.chunk_size}, "
             f"K and V {'streamed' if self.stream_kv else 'resident'}"
+            + (f", spread over {self.sp_size} processes" if self.sp_size > 1 else "")
         )
         if self.peaks is None:
             text += "".join(f"; {name} of {_span(layers)}: {place}" for name, place, layers in waiting(self.placements))
@@ -82,9 +86,8 @@ class Plan:
         return lines
 
 
-def simple_plan(config: FPDTConfig, batch_size: int, seq_len: int, device_type: str, num_layers: int) -> Plan:
+def simple_plan(config: FPDTConfig, batch_size: int, layout: SequenceLayout, device_type: str, num_layers: int) -> Plan:
     """The plan without a footprint: the settings as they are, and for `"auto"` the host on a GPU and the device on a CPU."""
-    chunk = resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device_type)
     place = {"none": "device", "auto": "host" if device_type == "cuda" else "device"}.get(config.offload, config.offload)
     stream_kv = config.kv == "streamed"
     if stream_kv and place == "device":
@@ -93,7 +96,8 @@ def simple_plan(config: FPDTConfig, batch_size: int, seq_len: int, device_type: 
         placement = LayerPlacement("all", "device")
     else:
         placement = LayerPlacement("attention" if config.save_attention is not False else "key_value", place)
-    return Plan(batch_size, seq_len, chunk, stream_kv, (placement,) * num_layers)
+    placements = (placement,) * num_layers
+    return Plan(batch_size, layout.seq_len, layout.chunk_size, stream_kv, placements, sp_size=layout.sp_size)
 
 
 def make_plan(
@@ -102,43 +106,43 @@ def make_plan(
     limits: Limits,
     *,
     batch_size: int,
-    seq_len: int,
+    layout: SequenceLayout,
     device_type: str,
 ) -> Plan:
     """
-    The fastest plan that fits.
+    The fastest plan that fits. In a sequence-parallel group the chunks are those of `layout`, by which the tokens were spread;
+    without one, they are smaller if that is needed.
 
     Raises:
         DeviceMemoryError, HostMemoryError: if none does, with the bytes needed, the bytes there, and the settings that help.
     """
     least = None
-    for chunk, stream_kv in _candidates(config, batch_size, seq_len, device_type):
-        memory = MemoryModel(footprint, batch_size, seq_len, chunk, stream_kv)
+    ranks = layout.sp_size
+    for chunk, stream_kv in _candidates(config, batch_size, layout, device_type):
+        memory = MemoryModel(footprint, batch_size, layout.local_len, chunk // ranks, stream_kv)
         search = PlacementSearch(
             memory, limits, offload=config.offload, save_attention=config.save_attention, recompute=config.recompute
         )
         placements = search.best()
         if placements is not None:
             rows = tuple(_rows(memory, placements))
-            return Plan(batch_size, seq_len, chunk, stream_kv, placements, memory.peaks(placements), rows, limits)
+            peaks = memory.peaks(placements)
+            return Plan(batch_size, layout.seq_len, chunk, stream_kv, placements, peaks, rows, limits, ranks)
         cheapest = memory.peaks(search.nearest(), reserve=limits.reserve, grads_held=True)
         least = cheapest if least is None or cheapest.device < least.device else least
     raise _shortage(least, limits, config)
 
 
-def _candidates(config: FPDTConfig, batch_size: int, seq_len: int, device_type: str):
+def _candidates(config: FPDTConfig, batch_size: int, layout: SequenceLayout, device_type: str):
     """`(chunk size, whether K and V stream)`, from the preferred to the one that needs least."""
-    sizes = [config.chunk_size]
-    if config.chunk_size == "auto":
-        target = AUTO_CHUNK_TOKENS.get(device_type, AUTO_CHUNK_TOKENS["cpu"])
+    chunks = [layout.chunk_size]
+    if config.chunk_size == "auto" and layout.sp_size == 1:
+        target = auto_chunk_tokens(device_type)
         sizes = [target // divisor for divisor in _SMALLER_CHUNKS]
+        chunks = [resolve_chunk_size("auto", batch_size=batch_size, seq_len=layout.seq_len, tokens=size) for size in sizes]
     streams = {"auto": (False, True), "resident": (False,), "streamed": (True,)}[config.kv]
     if config.offload == "none" or config.recompute is False:
         streams = (False,)
-    chunks = [
-        resolve_chunk_size(config.chunk_size, batch_size=batch_size, seq_len=seq_len, device_type=device_type, tokens=size)
-        for size in sizes
-    ]
     return [(chunk, stream_kv) for stream_kv in streams for chunk in dict.fromkeys(chunks)]
 
 

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .layer_chunk import LayerCall, outside_of_chunks
 from .layer_footprint import footprint_of_layer
 from .layer_stream import SavedLayer, stream_layer
@@ -23,11 +24,16 @@ class StreamedPass:
     Args:
         kernel: as in `FPDTConfig`.
         keep: `(tensor, place)` to what gives the tensor back in the backward.
+        exchange: between the processes that share the sequence.
+
+    `seq_len` counts all tokens of a sequence, `local_len` those that this process has; `spans` and `store_spans` are chunks of
+    the latter and the former.
     """
 
-    def __init__(self, plan: Plan, kernel: str, keep: Callable):
-        self.plan, self.kernel, self.keep = plan, kernel, keep
-        self.seq_len, self.spans, self.stream_kv = plan.seq_len, plan.spans, plan.stream_kv
+    def __init__(self, plan: Plan, kernel: str, keep: Callable, exchange: NoExchange | HeadExchange):
+        self.plan, self.kernel, self.keep, self.exchange = plan, kernel, keep, exchange
+        self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
+        self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
         self.last_saved: SavedLayer | None = None
         self._layers_run = 0
 
@@ -51,8 +57,10 @@ class MeasuringPass:
 
     stream_kv = False
 
-    def __init__(self, seq_len: int, kernel: str):
-        self.seq_len, self.kernel, self.spans = seq_len, kernel, [(0, seq_len)]
+    def __init__(self, local_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
+        self.local_len, self.seq_len = local_len, local_len * exchange.size
+        self.kernel, self.exchange = kernel, exchange
+        self.spans, self.store_spans = [(0, local_len)], [(0, self.seq_len)]
         self.layers: list[LayerFootprint] = []
         self.argument_bytes = 0.0
         self._known: dict[Hashable, LayerFootprint] = {}
@@ -68,7 +76,7 @@ class MeasuringPass:
     def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
         if kind not in self._known:
             self._known[kind] = footprint_of_layer(call, x, weights)
-            self.argument_bytes = max(self.argument_bytes, _bytes_a_token(call.arguments((0, self.seq_len)), x))
+            self.argument_bytes = max(self.argument_bytes, _bytes_a_token(call.arguments((0, self.local_len)), x))
         self.layers.append(self._known[kind])
         return x
 

@@ -90,6 +90,7 @@ def test_public_names():
         "DeviceMemoryError",
         "DiskSpaceError",
         "FPDTConfig",
+        "FPDTPlugin",
         "HostMemoryError",
         "__version__",
         "apply_fpdt",

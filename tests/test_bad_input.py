@@ -257,15 +257,6 @@ def test_config_of_another_type(config):
         apply_fpdt(make_model(tiny_llama(), "sdpa"), config)
 
 
-def test_group_of_several_processes():
-    class Group:
-        def size(self):
-            return 2
-
-    with pytest.raises(ValueError, match=r"sp_group=...\) got a group of 2 processes"):
-        apply_fpdt(make_model(tiny_llama(), "sdpa"), sp_group=Group())
-
-
 def test_no_input(streamed):
     with pytest.raises(ValueError, match="LlamaModel was called without input_ids or inputs_embeds"):
         streamed(input_ids=None, labels=None)

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_fpdt import chunking
-from hf_fpdt.chunking import chunk_spans, resolve_chunk_size
+from hf_fpdt.chunking import auto_chunk_tokens, chunk_spans, resolve_chunk_size
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 128, 1000])
@@ -23,7 +23,7 @@ def test_ragged_end():
 @pytest.mark.parametrize(("setting", "want"), [(1, 1), (100, 100), (300, 300), (301, 300), (10**9, 300)])
 def test_a_given_size_is_kept_up_to_the_sequence(setting, want):
     for device in ("cpu", "cuda"):
-        assert resolve_chunk_size(setting, batch_size=8, seq_len=300, device_type=device) == want
+        assert resolve_chunk_size(setting, batch_size=8, seq_len=300, tokens=auto_chunk_tokens(device)) == want
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_a_given_size_is_kept_up_to_the_sequence(setting, want):
     ],
 )
 def test_auto(device, batch, seq_len, want):
-    assert resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, device_type=device) == want
+    assert resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, tokens=auto_chunk_tokens(device)) == want
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize("seq_len", [1, 127, 2048, 2049, 5000, 12345, 99999])
 def test_auto_is_balanced_aligned_and_bounded(batch, seq_len):
-    size = resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, device_type="cpu")
+    size = resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, tokens=auto_chunk_tokens("cpu"))
     spans = chunk_spans(seq_len, size)
     assert size == seq_len or size % 128 == 0
     assert size * batch <= max(chunking.AUTO_CHUNK_TOKENS["cpu"], 128 * batch) + 127 * batch

@@ -26,7 +26,9 @@ import hf_fpdt
 from hf_fpdt import chunked_loss, footprint, model_plan, step_plan
 from hf_fpdt.disk_file import disk_file_for
 from hf_fpdt.footprint import FREE, MARK, MemoryRecorder, footprint_of
+from hf_fpdt.head_exchange import NoExchange
 from hf_fpdt.memory_model import LayerPlacement
+from hf_fpdt.sequence_layout import SequenceLayout
 from hf_fpdt.transfers import transfers_for
 
 PLENTY = 1 << 40
@@ -198,8 +200,9 @@ def test_a_model_that_cannot_be_measured_is_not_planned(caplog):
     model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=10))
     hidden = torch.zeros(1, 47, 128, device="cpu")
     plan = model_plan.new_plan(
-        model.model, model.model.layers, None, hidden.to("meta"), hf_fpdt.FPDTConfig(), lambda measured: 1 / 0
-    )
+        model.model, model.model.layers, None, hidden.to("meta"), hf_fpdt.FPDTConfig(), lambda measured: 1 / 0,
+        SequenceLayout(47, 47, 1), NoExchange(),
+    )  # fmt: skip
     assert places(plan) == [("attention", "host")] * 4
     assert "LlamaModel could not be measured (division by zero); it runs by a plan without" in caplog.text
 

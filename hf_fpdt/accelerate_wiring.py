@@ -1,0 +1,141 @@
+"""
+Trainer and Accelerator with sequence parallelism, from unmodified scripts.
+
+accelerate knows sequence parallelism as `ParallelismConfig(sp_size=..., sp_backend="deepspeed")` and takes two objects from
+DeepSpeed for it: one that changes the model's attention, one that wraps the data loader. `enable` puts its own in their place,
+and adds a callback to Trainer that reads the settings once the Accelerator exists and before anything is prepared.
+"""
+
+import os
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+import transformers
+import transformers.trainer
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import TrainerCallback
+
+from .attention_interface import NAME
+from .config import FPDTConfig
+from .engines import (
+    deepspeed_config,
+    gather_whole_layers,
+    gradient_factor,
+    replace_sequence_parallelism,
+    sequence_parallel_groups,
+    zero_stage,
+)
+from .global_loss import sequence_parallel_loss
+from .modeling import apply_fpdt, config_of, streamed_models, transformers_model
+from .plugin import resolve_settings
+from .sharded_loader import ShardedDataLoader, skip_first_batches
+
+
+def enable() -> None:
+    """Makes Trainer and Accelerator of this process use hf_fpdt where a model or a launch configuration asks for it."""
+    if FPDTCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(FPDTCallback)
+        transformers.trainer.skip_first_batches = skip_first_batches
+    if int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")) > 1:
+        replace_sequence_parallelism(_Attention, _Loader)  # for loops of one's own, which have no callback
+
+
+class FPDTCallback(TrainerCallback):
+    """Prepares a model for its engine and its sequence-parallel group. Trainer adds it by itself."""
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        accelerator = AcceleratorState()
+        _check_launch(accelerator)
+        sp_size = _sp_size(accelerator)
+        if sp_size > 1:
+            replace_sequence_parallelism(_Attention, _Loader)
+            _check_engine(accelerator, sp_size)
+        elif model is not None and _is_streamed(model):
+            _set_up(model, accelerator)
+
+
+def share_sequences(model: nn.Module, sp_size: int):
+    """
+    Streams the model with the settings of the run, its sequences shared by `sp_size` processes.
+
+    Returns:
+        DeepSpeed's module with the groups.
+
+    Raises:
+        ValueError: for what `apply_fpdt` or the settings refuse, and a group size that does not divide the processes.
+    """
+    accelerator = AcceleratorState()
+    _check_launch(accelerator)
+    _check_engine(accelerator, sp_size)
+    groups = sequence_parallel_groups(sp_size)
+    group = groups.get_sequence_parallel_group()
+    config = _set_up(model, accelerator, group)
+    _Loader.chunk_size = config.chunk_size
+    loss = partial(sequence_parallel_loss, sp_group=group, gradient_factor=gradient_factor(accelerator, sp_size))
+    transformers.trainer.deepspeed_sp_compute_loss = loss
+    return groups
+
+
+def _set_up(model: nn.Module, accelerator: AcceleratorState, group: dist.ProcessGroup | None = None) -> FPDTConfig:
+    base = transformers_model(model)
+    handler = getattr(accelerator.parallelism_config, "sp_handler", None)
+    config = resolve_settings(config_of(base), handler, deepspeed_config(accelerator).get("fpdt"))
+    apply_fpdt(model, config, sp_group=group)
+    if zero_stage(accelerator) == 3:
+        gather_whole_layers(model, [layer for _, layers in streamed_models(base) for layer in layers])
+    return config
+
+
+class _Attention:
+    """In place of `UlyssesSPAttentionHF`."""
+
+    @classmethod
+    def register_with_transformers(
+        cls, model_name_or_path: nn.Module, core_attn_implementation=None, sequence_parallel_size=1, **lengths: Any
+    ):
+        return share_sequences(model_name_or_path, sequence_parallel_size)
+
+
+class _Loader(ShardedDataLoader):
+    """In place of `UlyssesSPDataLoaderAdapter`: the loader with the model's settings."""
+
+    chunk_size: int | str = "auto"
+
+    def __init__(self, dl, sp_rank, sp_group, sp_world_size, device):
+        super().__init__(dl, sp_rank, sp_group, sp_world_size, device, chunk_size=type(self).chunk_size)
+
+
+def _sp_size(accelerator: AcceleratorState) -> int:
+    config = accelerator.parallelism_config
+    return 1 if config is None else config.sp_size
+
+
+def _is_streamed(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
+
+
+def _check_engine(accelerator: AcceleratorState, sp_size: int) -> None:
+    if not hasattr(transformers.trainer, "deepspeed_sp_compute_loss"):
+        raise ValueError(
+            f"sp_size={sp_size} with transformers {transformers.__version__}: its Trainer has a loss of its own for this, "
+            "which cannot be replaced. Use a newer transformers (5.12 and later have been seen to work)."
+        )
+    if zero_stage(accelerator) is None:
+        raise ValueError(
+            f"sp_size={sp_size} with {accelerator.distributed_type.value}: this version shares sequences under DeepSpeed only. "
+            "Launch with one of accelerate_configs/fpdt_zero*.yaml (distributed_type: DEEPSPEED), or set "
+            "parallelism_config_sp_size to 1."
+        )
+
+
+def _check_launch(accelerator: AcceleratorState) -> None:
+    """DeepSpeed on a CPU without gloo trains copies that never meet: each process believes to be alone."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were started, and accelerate knows of {accelerator.num_processes}: each would train a copy "
+            "of its own. On CPUs pass --ddp_backend gloo to the script (with DeepSpeed), or --use_cpu (with DDP)."
+        )

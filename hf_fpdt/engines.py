@@ -1,0 +1,81 @@
+"""
+What depends on the engine that trains: DeepSpeed's ZeRO stages, FSDP2, DDP. The only importer of deepspeed.
+
+One function owns the factor that gradients need, one makes the process groups, one keeps ZeRO-3 from gathering per chunk.
+"""
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+
+def zero_stage(state: AcceleratorState) -> int | None:
+    """DeepSpeed's ZeRO stage, None for another engine."""
+    if state.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    return int(deepspeed_config(state).get("zero_optimization", {}).get("stage", 0))
+
+
+def deepspeed_config(state: AcceleratorState) -> dict[str, Any]:
+    """The DeepSpeed configuration of the run; empty for another engine."""
+    return state.deepspeed_plugin.deepspeed_config if state.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+def gradient_factor(state: AcceleratorState, sp_size: int) -> float:
+    """
+    What the gradient of every process's share of the global mean loss must be multiplied with, so that what the engine makes of
+    all of them is the gradient of the mean over the data-parallel groups.
+
+    DDP, FSDP2 and ZeRO-3's default reduce-scatter average over all processes, also over those of one sequence, whose shares
+    must be summed: `sp_size`. DeepSpeed's other reductions divide by the data-parallel size alone: 1.
+    """
+    if state.distributed_type != DistributedType.DEEPSPEED:
+        return float(sp_size)
+    zero = deepspeed_config(state).get("zero_optimization", {})
+    averages_over_all = zero_stage(state) == 3 and zero.get("reduce_scatter", True) is not False
+    return float(sp_size) if averages_over_all else 1.0
+
+
+def sequence_parallel_groups(sp_size: int) -> ModuleType:
+    """
+    DeepSpeed's module with the groups of `sp_size` consecutive ranks, made at the first call, and known to accelerate.
+
+    Raises:
+        ValueError: if the processes do not divide into such groups.
+    """
+    world = dist.get_world_size()
+    if world % sp_size:
+        valid = [size for size in range(1, world + 1) if world % size == 0]
+        raise ValueError(
+            f"sp_size={sp_size} does not divide the {world} processes. Use one of {', '.join(map(str, valid))}, or start "
+            "another number of processes (num_processes, --num_processes)."
+        )
+    import deepspeed.runtime.sequence_parallel.parallel_state_sp as mpu
+    from deepspeed.utils import groups
+
+    if mpu._SEQUENCE_PARALLEL_GROUP is None:
+        mpu.initialize_sequence_parallel(sequence_parallel_size=sp_size)
+    groups.mpu = mpu
+    return mpu
+
+
+def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """
+    Makes ZeRO-3 gather the weights of each of these layers once a pass, however often the layer runs in it. To be called before
+    `deepspeed.initialize`.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda one: one.__name__))
+
+
+def replace_sequence_parallelism(attention: type, loader: Any) -> None:
+    """Puts these in the place of the two objects that accelerate takes from DeepSpeed when it finds an sp_size above 1."""
+    from deepspeed.runtime.sequence_parallel import ulysses_sp
+
+    ulysses_sp.UlyssesSPAttentionHF, ulysses_sp.UlyssesSPDataLoaderAdapter = attention, loader

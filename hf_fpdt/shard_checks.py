@@ -1,0 +1,83 @@
+"""What a model that shares its sequences with other processes cannot honour, refused before anything is exchanged."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .group_agreement import check_same
+from .head_exchange import HeadExchange, HeadSplit
+from .sequence_layout import SequenceLayout
+
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+def check_shardable(config: PretrainedConfig, sp_size: int) -> None:
+    """
+    Raises:
+        ValueError: for attention heads that the group does not divide, and rotary embeddings that depend on the length.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is not None:
+        HeadSplit(heads, getattr(config, "num_key_value_heads", None) or heads, sp_size)
+    kinds = set(_rope_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)))
+    for kind in _BY_LENGTH:
+        if kind in kinds:
+            raise ValueError(
+                f"rope_type={kind!r} takes its frequencies from the longest position that a process sees, and the {sp_size} "
+                'processes of a sequence-parallel group see different ones. Use rope_type "yarn", "llama3" or "linear", or '
+                "sp_size 1."
+            )
+
+
+def check_shard(model: PreTrainedModel, arguments: dict[str, Any], layout: SequenceLayout, exchange: HeadExchange) -> None:
+    """
+    Whether a call with one process's shard of a sequence can be computed. Collective in the group.
+
+    Raises:
+        ValueError: on every process that sees it, for position_ids that are missing or are not those of its shard; on all, for
+            shapes, settings or modes in which they differ.
+    """
+    positions = arguments.get("position_ids")
+    problem = None if positions is None else _misplaced(positions, layout, exchange.rank)
+    if positions is None:
+        problem = "no position_ids"
+    advice = (
+        "Every process of a sequence-parallel group calls the model with its shard of the same batch, as ShardedDataLoader or "
+        "shard_batch makes it with the model's chunk_size."
+    )
+    mode = "with" if torch.is_grad_enabled() else "without"
+    check_same(exchange.group, "their batch", f"{layout}, {mode} gradients", advice)
+    check_same(exchange.group, "the fit of their position_ids", problem, advice)
+    if problem is not None:
+        raise ValueError(f"{type(model).__name__}: got {problem} in a sequence-parallel group of {exchange.size}. {advice}")
+
+
+def check_shard_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: for labels that would be shifted within a shard.
+    """
+    if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
+        raise ValueError(
+            f"{type(model).__name__}: labels were given without shift_labels in a sequence-parallel group: the label after the "
+            "last token of a shard is on another process. Let ShardedDataLoader or shard_batch shift them, and pass "
+            "shift_labels, with labels=shift_labels for a model that computes no loss without labels."
+        )
+
+
+def _misplaced(positions: torch.Tensor, layout: SequenceLayout, rank: int) -> str | None:
+    want = layout.positions(rank).to(positions.device)
+    if positions.ndim > 2 or positions.shape[-1] != len(want):
+        return f"position_ids of shape {list(positions.shape)} for a shard of {len(want)} tokens"
+    wrong = int((positions - positions[..., :1] != want - want[0]).sum())
+    return f"position_ids of which {wrong} are not where chunks of {layout.chunk_size} tokens have them" if wrong else None
+
+
+def _rope_types(parameters: Any) -> Iterator[Any]:
+    """Of one set of parameters, or of one for each kind of layer."""
+    if isinstance(parameters, dict):
+        yield parameters.get("rope_type", parameters.get("type"))
+        for value in parameters.values():
+            yield from _rope_types(value)

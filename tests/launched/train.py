@@ -1,0 +1,51 @@
+"""A Trainer script like any other; `test_launched.py` starts it under `accelerate launch`. It does not know of hf_fpdt."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "A folder with a checkpoint."})
+    num_samples: int = 8
+    seq_len: int = 46
+
+
+class Tokens(Dataset):
+    """Sample i: random tokens; its first third or its last tokens only have labels, or all."""
+
+    def __init__(self, num_samples: int, seq_len: int, vocab_size: int):
+        generator = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(3, vocab_size, (num_samples, seq_len), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids = self.ids[index]
+        labels = ids.clone()
+        if index % 3 == 1:
+            labels[len(labels) // 3 :] = -100
+        if index % 3 == 2:
+            labels[:-5] = -100
+        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
+
+def main():
+    training, arguments = HfArgumentParser((TrainingArguments, Arguments)).parse_args_into_dataclasses()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    dataset = Tokens(arguments.num_samples, arguments.seq_len, AutoConfig.from_pretrained(arguments.model).vocab_size)
+    trainer = Trainer(model, training, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if trainer.is_world_process_zero():
+        Path(training.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""
+A sequence spread over processes, against one process with the whole sequence and eager attention, in fp32. A failure means that
+several GPUs train another model than one would.
+"""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from reference import (
+    LOSS_TOLERANCE,
+    TOLERANCE,
+    assert_gradients_close,
+    gradients,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    tiny_llama,
+    tiny_neox,
+)  # fmt: skip
+
+from hf_fpdt import FPDTConfig, apply_fpdt
+from hf_fpdt.batch_sharding import shard_batch
+from hf_fpdt.global_loss import global_mean
+from hf_fpdt.sequence_layout import SequenceLayout
+
+FAMILIES = {
+    "llama": tiny_llama,
+    "llama, 3 key/value heads": lambda: tiny_llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8),
+    "llama, 1 key/value head": lambda: tiny_llama(num_key_value_heads=1),
+    "neox": tiny_neox,
+}
+SETTINGS = [
+    {},
+    {"recompute": False},
+    {"save_attention": False},
+    {"offload": "host"},
+    {"offload": "host", "kv": "streamed"},
+    {"gpu_memory": 1 << 40},
+    {"gpu_memory": 1 << 40, "offload": "host"},
+]
+
+
+def batch_of(seq_len: int = 46, kind: str = "all") -> dict:
+    """Labels of all tokens, of a few, or of the first only, so that some shards have none."""
+    batch = make_batch(seq_len=seq_len)
+    if kind == "few":
+        batch["labels"][:, 5:30] = -100
+    if kind == "first":
+        batch["labels"][:, 3:] = -100
+    return batch
+
+
+def shard_of(batch: dict, config: FPDTConfig, rank: int, size: int) -> dict:
+    layout_of = partial(SequenceLayout.of, setting=config.chunk_size, device_type="cpu", sp_size=size)
+    shard = shard_batch(batch, layout_of, rank)
+    return {**shard, "labels": shard["shift_labels"]} if "shift_labels" in shard else shard
+
+
+def step(model, shard: dict, group) -> torch.Tensor:
+    loss = model(**shard).loss
+    loss = global_mean(loss, (shard["shift_labels"] != -100).sum(), group)
+    loss.backward()
+    return loss.detach()
+
+
+def _train(rank: int, jobs: list) -> list:
+    """Loss and summed gradients of every job `(family, settings, batch kind, seq_len)`."""
+    group, results = dist.group.WORLD, []
+    for family, settings, kind, seq_len in jobs:
+        config = FPDTConfig(**{"chunk_size": 14, **settings})
+        model = apply_fpdt(make_model(FAMILIES[family]()), config, sp_group=group)
+        loss = step(model, shard_of(batch_of(seq_len, kind), config, rank, group.size()), group)
+        grads = gradients(model)
+        for grad in grads.values():
+            dist.all_reduce(grad)
+        results.append((loss, grads))
+    return results
+
+
+def check(ranks: int, jobs: list):
+    found = run_ranks(_train, ranks, jobs, timeout=240)
+    for index, (family, settings, kind, seq_len) in enumerate(jobs):
+        want_loss, want = loss_and_gradients(make_model(FAMILIES[family](), "eager"), batch_of(seq_len, kind))
+        for loss, grads in (results[index] for results in found):
+            assert (loss - want_loss).abs() <= LOSS_TOLERANCE[torch.float32] * want_loss.abs(), (family, settings, kind)
+            assert_gradients_close(grads, want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_settings(ranks):
+    check(ranks, [("llama", settings, "all", 46) for settings in SETTINGS])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "families"), [(2, list(FAMILIES)), (3, ["llama, 3 key/value heads"]), (4, ["llama", "neox"])]
+)
+def test_families(ranks, families):
+    """With key/value heads that several ranks need, and ranks that need parts of their groups."""
+    check(ranks, [(family, settings, "all", 50) for family in families for settings in ({}, {"recompute": False})])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_labels_and_lengths(ranks):
+    """Padded lengths, one chunk, ranks without a label."""
+    jobs = [("llama", {}, kind, 46) for kind in ("few", "first")]
+    check(ranks, [*jobs, *(("llama", {"chunk_size": size}, "few", 45) for size in (1, 7, 45, 100, "auto"))])
+
+
+# What cannot be right, refused on every rank
+
+
+def _refused(rank: int, change: str) -> str:
+    group = dist.group.WORLD
+    config = FPDTConfig(chunk_size=16)
+    model = apply_fpdt(make_model(tiny_llama()), config, sp_group=group)
+    batch = batch_of(48)
+    if change == "length on rank 1" and rank == 1:
+        batch = batch_of(40)
+    shard = shard_of(batch, FPDTConfig(chunk_size=8) if change == "chunk_size" else config, rank, group.size())
+    if change == "no positions on rank 0" and rank == 0:
+        del shard["position_ids"]
+    if change == "labels":
+        del shard["shift_labels"]
+    try:
+        with torch.set_grad_enabled(not (change == "gradients" and rank == 0)):
+            model(**shard)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("length on rank 1", "differ in their batch .*rank 0: SequenceLayout.*rank 1: SequenceLayout"),
+        ("gradients", "differ in their batch .*without gradients"),
+        ("no positions on rank 0", "differ in the fit of their position_ids .rank 0: no position_ids, rank 1: None"),
+        ("chunk_size", "position_ids of which .* are not where chunks of 16 tokens have them"),
+        ("labels", "labels were given without shift_labels"),
+    ],
+)
+def test_refused_on_every_rank(change, message):
+    for found in run_ranks(_refused, 2, change, timeout=60):
+        assert re.search(message, found), found
+
+
+def _evaluate(rank: int):
+    """Whole sequences, a different one on each rank and of different lengths."""
+    model = apply_fpdt(make_model(tiny_llama()), FPDTConfig(chunk_size=16), sp_group=dist.group.WORLD).eval()
+    with torch.no_grad():
+        return model(**batch_of(40 + 7 * rank)).loss
+
+
+def test_evaluation_takes_whole_sequences():
+    for rank, loss in enumerate(run_ranks(_evaluate, 2)):
+        with torch.no_grad():
+            want = make_model(tiny_llama(), "eager", train=False)(**batch_of(40 + 7 * rank)).loss
+        assert (loss - want).abs() <= LOSS_TOLERANCE[torch.float32] * want
+
+
+class Group:
+    """All that `apply_fpdt` asks of a group."""
+
+    def __init__(self, size):
+        self._size = size
+
+    def size(self):
+        return self._size
+
+
+def test_heads_and_rotary_embeddings_that_cannot_be_shared():
+    with pytest.raises(
+        ValueError, match=r"4 attention heads cannot be split .* group of 3 processes. Use an sp_size of 1, 2, 4\."
+    ):
+        apply_fpdt(make_model(tiny_llama()), sp_group=Group(3))
+    config = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ValueError, match=r"rope_type='dynamic' .* 2 processes .* or sp_size 1"):
+        apply_fpdt(make_model(config), sp_group=Group(2))
+    apply_fpdt(make_model(copy.deepcopy(config)), sp_group=Group(1))
+
+
+def _count(rank: int):
+    """Exchanges of a step, by what they carry, and collectives of other kinds inside of the layers."""
+    calls = []
+    all_to_all = dist.all_to_all_single
+
+    def counted(*args, **kwargs):
+        calls.append(args[1].shape)
+        return all_to_all(*args, **kwargs)
+
+    dist.all_to_all_single = counted
+    config = FPDTConfig(chunk_size=16)
+    model = apply_fpdt(make_model(tiny_llama()), config, sp_group=dist.group.WORLD)
+    shard = shard_of(batch_of(48), config, rank, 2)
+    loss = model(**shard).loss
+    forward = len(calls)
+    loss.backward()
+    return forward, len(calls) - forward
+
+
+def test_exchanges_of_a_step():
+    """For 3 chunks and 2 layers: q, k, v in one and out in another; backward q and out again, and both gradients."""
+    assert run_ranks(_count, 2) == [(3 * 2 * 2, 3 * 2 * 4)] * 2
