@@ -33,32 +33,15 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def launch(config: Path, words: list[str], folder: Path, **environment) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--main_process_port",
-        "0",
-        *words,
-    ]
-    command += [
-        "--output_dir",
-        str(folder),
-        "--ddp_backend",
-        "gloo",
-        "--per_device_train_batch_size",
-        "1",
-        "--report_to",
-        "none",
-    ]
-    command += ["--logging_steps", "1", "--disable_tqdm", "true", "--optim", "sgd"]
-    command += ["--learning_rate", str(RATE), "--lr_scheduler_type", "constant", "--max_grad_norm", str(CLIP)]
-    command += ["--max_steps", str(STEPS), "--num_samples", str(SAMPLES)]
+def launch(config: Path, words: list[str], folder: Path, backend: str | None = "gloo") -> subprocess.CompletedProcess:
+    """`accelerate launch` of a script with these words."""
+    start = f"-m accelerate.commands.launch --config_file {config} --main_process_port 0"
+    common = f"--output_dir {folder} --max_steps {STEPS} --num_samples {SAMPLES} --per_device_train_batch_size 1 --optim sgd"
+    common += f" --learning_rate {RATE} --lr_scheduler_type constant --max_grad_norm {CLIP} --logging_steps 1 --report_to none"
+    common += " --disable_tqdm true" + ("" if "--save_strategy" in words else " --save_strategy no")
+    common += f" --ddp_backend {backend}" if backend else ""
+    command = [sys.executable, *start.split(), *words, *common.split()]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": "14", "PYTHONPATH": str(ROOT)}
-    variables |= environment
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | variables, cwd=ROOT)
 
 
@@ -70,25 +53,29 @@ def stage_of(stage: int, folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1):
-    """Losses, gradient norms and weights of a plain loop over the samples, in the order in which groups of two see them."""
+def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size: int = 2):
+    """
+    Losses, gradient norms and weights of a plain loop over the samples, in the order in which groups of `size` see them. Groups
+    of several count each sample's mean once, as Trainer does with sequence parallelism; else every label of a step counts once.
+    """
     settings = TrainingArguments("unused", per_device_train_batch_size=1, report_to="none", use_cpu=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").train()
     batches = list(Trainer(model, settings, train_dataset=Tokens(SAMPLES, 46, model.config.vocab_size)).get_train_dataloader())
     optimizer, log = torch.optim.SGD(model.parameters(), lr=RATE), []
     for step in range(STEPS):
         optimizer.zero_grad()
-        total = 0.0
-        for micro in range(step * accumulation, (step + 1) * accumulation):
-            # Every rank draws one batch a round, and a group of two works on its two one after the other.
-            for group in range(groups):
-                batch = batches[2 * groups * (micro // 2) + 2 * group + micro % 2]
-                loss = model(**batch).loss / (groups * accumulation)
-                loss.backward()
-                total += loss.item()
+        # Every rank draws one batch a round, and a group works on its batches one after the other.
+        seen = [
+            batches[size * groups * (micro // size) + size * group + micro % size]
+            for micro in range(step * accumulation, (step + 1) * accumulation)
+            for group in range(groups)
+        ]
+        counts = [1 if size > 1 else int((batch["labels"][:, 1:] != -100).sum()) for batch in seen]
+        losses = [model(**batch).loss * count / sum(counts) for batch, count in zip(seen, counts, strict=True)]
+        sum(losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        log.append((total, norm.item()))
+        log.append((sum(losses).item(), norm.item()))
     return log, model.state_dict()
 
 
@@ -125,6 +112,24 @@ def test_two_groups_of_two(checkpoints, tmp_path):
     check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2))
 
 
+def test_without_groups(checkpoints, tmp_path):
+    """A streamed model under ZeRO-3, whole sequences on each of two processes."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml").read_text())
+    del config["parallelism_config"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = [*RUN, "--model", str(checkpoints / "llama"), "--attn_implementation", "fpdt"]
+    result = launch(tmp_path / "config.yaml", words, tmp_path / "out")
+    check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2, size=1))
+
+
+def test_processes_that_do_not_know_of_each_other(checkpoints, tmp_path):
+    """DeepSpeed on CPUs without gloo."""
+    config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml"
+    result = launch(config, [*RUN, "--model", str(checkpoints / "llama")], tmp_path / "out", backend=None)
+    assert result.returncode != 0
+    assert "2 processes were started, and accelerate knows of 1: each would train a copy of its own" in result.stderr
+
+
 def test_a_group_that_does_not_divide_the_processes(checkpoints, tmp_path):
     text = (ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("num_processes: 2", "num_processes: 3"))
@@ -133,11 +138,29 @@ def test_a_group_that_does_not_divide_the_processes(checkpoints, tmp_path):
     assert "sp_size=2 does not divide the 3 processes. Use one of 1, 3" in result.stderr
 
 
-def test_settings_that_are_none(checkpoints, tmp_path):
-    config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml"
-    result = launch(config, [*RUN, "--model", str(checkpoints / "llama")], tmp_path / "out", FPDT_CHUNKSIZE="14")
+def with_deepspeed_file(folder: Path, block: dict, batch_size: int | str = "auto") -> Path:
+    """ZeRO-3 on two CPUs, with a DeepSpeed configuration of one's own and hf_fpdt's settings in it."""
+    settings = {
+        "zero_optimization": {
+            "stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+        },
+        "train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True, "fpdt": block,
+    }  # fmt: skip
+    (folder / "ds.json").write_text(json.dumps(settings))
+    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "ds.json"), "zero3_init_flag": True}
+    del config["mixed_precision"]  # accelerate wants it in the other file then
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+def test_settings_in_the_deepspeed_file_are_read(checkpoints, tmp_path):
+    config = with_deepspeed_file(tmp_path, {"chunksize": 14})
+    result = launch(config, [*RUN, "--model", str(checkpoints / "llama")], tmp_path / "out")
     assert result.returncode != 0
-    assert "The environment sets FPDT_CHUNKSIZE, which is no setting" in result.stderr
+    assert 'The "fpdt" block of the DeepSpeed configuration sets chunksize, which is no setting' in result.stderr
 
 
 def test_resume_in_the_middle_of_an_epoch(checkpoints, tmp_path):
@@ -150,20 +173,31 @@ def test_resume_in_the_middle_of_an_epoch(checkpoints, tmp_path):
 
 
 def test_a_script_that_imports_hf_fpdt(checkpoints, tmp_path):
-    """Without `hf_fpdt.run`; the settings from a DeepSpeed configuration."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nimport hf_fpdt\nsys.path.insert(0, {str(ROOT / 'tests/launched')!r})\nimport train\ntrain.main()\n"
-    )
-    settings = {
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True, "fpdt": {"chunk_size": 10, "save_attention": False},
-    }  # fmt: skip
-    (tmp_path / "ds.json").write_text(json.dumps(settings))
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml").read_text())
-    del config["mixed_precision"]  # accelerate wants it in the other file then
-    config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": True}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    result = launch(tmp_path / "config.yaml", [str(script), "--model", str(checkpoints / "llama")], tmp_path / "out")
+    """Without `hf_fpdt.run`."""
+    script, folder = tmp_path / "script.py", str(ROOT / "tests" / "launched")
+    script.write_text(f"import sys\nimport hf_fpdt\nsys.path.insert(0, {folder!r})\nimport train\ntrain.main()\n")
+    config = with_deepspeed_file(tmp_path, {"save_attention": False})
+    result = launch(config, [str(script), "--model", str(checkpoints / "llama")], tmp_path / "out")
     check(tmp_path / "out", result, *reference(checkpoints / "llama"))
+
+
+def test_a_loop_of_ones_own_and_its_collectives(checkpoints, tmp_path):
+    """A layer's weights are gathered once a pass, whether it runs in one chunk or in five; exchanges grow with the chunks."""
+    found = []
+    for index, chunk_size in enumerate((46, 10)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        config = with_deepspeed_file(folder, {"chunk_size": chunk_size}, batch_size=1)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+        command += ["tests/launched/loop.py", str(checkpoints / "llama"), str(folder / "found.json")]
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | variables, cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-3000:]
+        found.append(json.loads((folder / "found.json").read_text()))
+    one, five = (run["collectives"] for run in found)
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-6)
+    layers, exchanges = 2, 2 + 4
+    assert one.pop("all_to_all_single") == layers * exchanges
+    assert five.pop("all_to_all_single") == layers * exchanges * 5
+    assert one == five, (one, five)
+    assert one["all_gather_into_tensor"] >= 2 * layers

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Tra
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "A folder with a checkpoint."})
+    attn_implementation: str | None = None
     num_samples: int = 8
     seq_len: int = 46
 
@@ -38,7 +39,9 @@ class Tokens(Dataset):
 
 def main():
     training, arguments = HfArgumentParser((TrainingArguments, Arguments)).parse_args_into_dataclasses()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation
+    )
     dataset = Tokens(arguments.num_samples, arguments.seq_len, AutoConfig.from_pretrained(arguments.model).vocab_size)
     trainer = Trainer(model, training, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
