@@ -29,6 +29,13 @@ def test_file(path):
     assert config.num_processes == (int(count[1]) if count else 1)
     machines = re.search(r"(\d+)nodes", name)
     assert config.num_machines == (int(machines[1]) if machines else 1)
+    assert config.use_cpu is False
+    # Inside of a section accelerate takes any key. Those that it knows are options of its command line as well.
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    for section in ("deepspeed_config", "parallelism_config"):
+        assert set(getattr(config, section, None) or {}) <= set(known)
+    if machines:
+        assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
 
 
 @pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)
@@ -39,6 +46,7 @@ def test_what_the_processes_get(path, monkeypatch):
     arguments, defaults, _ = _validate_launch_command(arguments)
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     environment = prepare_deepspeed_cmd_env(arguments)[1]
+    assert environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1").isdecimal()  # an Accelerator() takes no "auto"
     stage = re.search(r"zero(\d)", path.stem)[1]
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
@@ -48,6 +56,7 @@ def test_what_the_processes_get(path, monkeypatch):
     sp, dp = (int(group[1]), int(group[2])) if group else (processes, 1)
     assert sp * dp == processes
     assert environment["PARALLELISM_CONFIG_SP_SIZE"] == str(sp)
+    assert environment["PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION"] == "sdpa"
     assert environment["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == str(dp)
     if "offload" in path.stem:
         assert environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == "cpu"
