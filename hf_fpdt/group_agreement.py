@@ -9,21 +9,21 @@ from typing import Any
 import torch.distributed as dist
 
 
-def check_same(group: dist.ProcessGroup | None, what: str, value: Any, advice: str) -> None:
+def check_same(group: dist.ProcessGroup | None, values: dict[str, Any], advice: str) -> None:
     """
-    Collective in the group. Nothing for None.
+    Collective in the group, once for all the values, by what they are. Nothing for None.
 
     Raises:
-        ValueError: on every rank, if the values differ: the value of each, and the advice.
+        ValueError: on every rank, for the first that differs: the value of each, and the advice.
     """
     if group is None:
         return
-    values = _gathered(group, value)
-    if any(other != values[0] for other in values):
-        found = ", ".join(
-            f"rank {rank}: {other}" for rank, other in zip(dist.get_process_group_ranks(group), values, strict=True)
-        )
-        raise ValueError(f"The processes of one sequence-parallel group differ in {what} ({found}). {advice}")
+    of_ranks = _gathered(group, values)
+    for what, own in values.items():
+        if any(other[what] != own for other in of_ranks):
+            ranks = zip(dist.get_process_group_ranks(group), of_ranks, strict=True)
+            found = ", ".join(f"rank {rank}: {other[what]}" for rank, other in ranks)
+            raise ValueError(f"The processes of one sequence-parallel group differ in {what} ({found}). {advice}")
 
 
 def least(group: dist.ProcessGroup | None, values: Sequence[int | None]) -> list[int | None]:

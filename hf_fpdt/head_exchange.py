@@ -112,8 +112,7 @@ class HeadExchange:
 
     def scatter(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Before attention, in one all-to-all. The key and value heads are those that the query heads attend to, in groups."""
-        split = HeadSplit(query.shape[2], key.shape[2], self.size)
-        sent, used = split.sent(), split.head_map(self.rank)
+        sent, used, _ = _ways(query.shape[2], key.shape[2], self.size, self.rank)
         if sent is not None:
             key, value = (t.index_select(2, _index(sent, t.device)) for t in (key, value))
         query, key, value = self._scatter(query, key, value)
@@ -136,10 +135,9 @@ class HeadExchange:
         Args:
             kv_heads: of the model.
         """
-        split = HeadSplit(query.shape[2] * self.size, kv_heads, self.size)
-        sent, used = split.sent(), split.head_map(self.rank)
+        sent, used, kv_per_rank = _ways(query.shape[2] * self.size, kv_heads, self.size, self.rank)
         if used is not None:
-            key, value = (_summed_heads(t, used, split.kv_per_rank) for t in (key, value))
+            key, value = (_summed_heads(t, used, kv_per_rank) for t in (key, value))
         query, key, value = self._gather(query, key, value)
         if sent is not None:
             key, value = (_summed_heads(t, sent, kv_heads) for t in (key, value))
@@ -180,6 +178,13 @@ class MeasuredExchange(HeadExchange):
 
     def _all_to_all(self, sent: Tensor) -> Tensor:
         return torch.zeros_like(sent)
+
+
+@lru_cache
+def _ways(heads: int, kv_heads: int, size: int, rank: int) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, int]:
+    """`sent`, `head_map` and `kv_per_rank` of a split: the same in every chunk of every layer."""
+    split = HeadSplit(heads, kv_heads, size)
+    return split.sent(), split.head_map(rank), split.kv_per_rank
 
 
 @lru_cache

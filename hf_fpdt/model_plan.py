@@ -58,7 +58,7 @@ def plan_of_call(
     if key not in plans:
         plan = new_plan(model, layers, head, tokens, config, measure, layout, exchange)
         settled = (plan.chunk_size, plan.stream_kv, tuple(placement.keeps for placement in plan.placements))
-        check_same(exchange.group, "their plan", settled, "Give all of them the same model, FPDTConfig and kernels.")
+        check_same(exchange.group, {"their plan": settled}, "Give all of them the same model, FPDTConfig and kernels.")
         plans[key] = plan
         logger.info("%s", plans[key])
     return plans[key]

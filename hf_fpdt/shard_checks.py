@@ -40,16 +40,14 @@ def check_shard(model: PreTrainedModel, arguments: dict[str, Any], layout: Seque
             shapes, settings or modes in which they differ.
     """
     positions = arguments.get("position_ids")
-    problem = None if positions is None else _misplaced(positions, layout, exchange.rank)
-    if positions is None:
-        problem = "no position_ids"
+    problem = "no position_ids" if positions is None else _misplaced(positions, layout, exchange.rank)
     advice = (
         "Every process of a sequence-parallel group calls the model with its shard of the same batch, as ShardedDataLoader or "
         "shard_batch makes it with the model's chunk_size."
     )
     mode = "with" if torch.is_grad_enabled() else "without"
-    check_same(exchange.group, "their batch", f"{layout}, {mode} gradients", advice)
-    check_same(exchange.group, "the fit of their position_ids", problem, advice)
+    asked = {"their batch": f"{layout}, {mode} gradients", "the fit of their position_ids": problem}
+    check_same(exchange.group, asked, advice)
     if problem is not None:
         raise ValueError(f"{type(model).__name__}: got {problem} in a sequence-parallel group of {exchange.size}. {advice}")
 
