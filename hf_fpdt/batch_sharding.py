@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .input_checks import PACKING
 from .sequence_layout import SequenceLayout
 
 _IGNORED = -100
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_PACKING = (*PACKING, "max_length_q", "max_length_k")
 
 
 def shard_batch(

@@ -1,5 +1,5 @@
 """
-What depends on the engine that trains: DeepSpeed's ZeRO stages, FSDP2, DDP. The only importer of deepspeed.
+What depends on the engine that trains. DeepSpeed is the only one that shares sequences; this is its only importer.
 
 One function owns the factor that gradients need, one makes the process groups, one keeps ZeRO-3 from gathering per chunk.
 """
@@ -31,11 +31,9 @@ def gradient_factor(state: AcceleratorState, sp_size: int) -> float:
     What the gradient of every process's share of the global mean loss must be multiplied with, so that what the engine makes of
     all of them is the gradient of the mean over the data-parallel groups.
 
-    DDP, FSDP2 and ZeRO-3's default reduce-scatter average over all processes, also over those of one sequence, whose shares
-    must be summed: `sp_size`. DeepSpeed's other reductions divide by the data-parallel size alone: 1.
+    ZeRO-3's default reduce-scatter averages over all processes, also over those of one sequence, whose shares must be summed:
+    `sp_size`. DeepSpeed's other reductions divide by the data-parallel size alone: 1.
     """
-    if state.distributed_type != DistributedType.DEEPSPEED:
-        return float(sp_size)
     zero = deepspeed_config(state).get("zero_optimization", {})
     averages_over_all = zero_stage(state) == 3 and zero.get("reduce_scatter", True) is not False
     return float(sp_size) if averages_over_all else 1.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor, *, sharded: bool = False) -> None:
@@ -41,7 +41,7 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
     _check_mask(name, arguments.get("attention_mask"), tokens)
     if not sharded:
         _check_positions(name, arguments.get("position_ids"))
-    for packing in _PACKING:
+    for packing in PACKING:
         if arguments.get(packing) is not None:
             raise ValueError(
                 f'{name}: {packing} was given, which asks for packed documents; attn_implementation="fpdt" does not keep '
