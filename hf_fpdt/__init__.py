@@ -2,7 +2,7 @@
 hf_fpdt: finetune Hugging Face models on very long sequences, streamed chunk by chunk (FPDT, arXiv 2408.16978).
 
 Importing it makes "fpdt" a valid `attn_implementation`; a model made that way streams when it trains or evaluates. In a process
-that is one of several it also prepares Trainer and Accelerator for sequence parallelism, see `accelerate_wiring`.
+that is one of several, or has `FPDT_*` variables, it also prepares Trainer and Accelerator, see `accelerate_wiring`.
 """
 
 import os
@@ -30,8 +30,9 @@ __all__ = [
 ]
 
 
-def _enable_in_runs_of_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def _enable_in_launched_runs() -> None:
+    """In a process that is one of several, or has settings of hf_fpdt in its environment, which Trainer's callback reads."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(name.startswith("FPDT_") for name in os.environ):
         from .accelerate_wiring import enable
 
         enable()
@@ -39,4 +40,4 @@ def _enable_in_runs_of_several_processes() -> None:
 
 register()
 watch_models()
-_enable_in_runs_of_several_processes()
+_enable_in_launched_runs()

@@ -15,9 +15,8 @@ import transformers
 import transformers.trainer
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from .attention_interface import NAME
 from .config import FPDTConfig
 from .engines import (
     deepspeed_config,
@@ -28,7 +27,7 @@ from .engines import (
     zero_stage,
 )
 from .global_loss import sequence_parallel_loss
-from .modeling import apply_fpdt, config_of, streamed_models, transformers_model
+from .modeling import apply_fpdt, config_of, is_streamed, sp_group_of, streamed_models, transformers_model
 from .plugin import resolve_settings
 from .sharded_loader import ShardedDataLoader, skip_first_batches
 
@@ -38,7 +37,7 @@ def enable() -> None:
     if FPDTCallback not in transformers.trainer.DEFAULT_CALLBACKS:
         transformers.trainer.DEFAULT_CALLBACKS.append(FPDTCallback)
         transformers.trainer.skip_first_batches = skip_first_batches
-    if int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")) > 1:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         replace_sequence_parallelism(_Attention, _Loader)  # for loops of one's own, which have no callback
 
 
@@ -52,8 +51,9 @@ class FPDTCallback(TrainerCallback):
         if sp_size > 1:
             replace_sequence_parallelism(_Attention, _Loader)
             _check_engine(accelerator, sp_size)
-        elif model is not None and _is_streamed(model):
-            _set_up(model, accelerator)
+            _check_loss(args, sp_size)
+        elif model is not None and is_streamed(model):
+            _set_up(model, accelerator, sp_group_of(model))
 
 
 def share_sequences(model: nn.Module, sp_size: int):
@@ -78,7 +78,7 @@ def share_sequences(model: nn.Module, sp_size: int):
     return groups
 
 
-def _set_up(model: nn.Module, accelerator: AcceleratorState, group: dist.ProcessGroup | None = None) -> FPDTConfig:
+def _set_up(model: nn.Module, accelerator: AcceleratorState, group: dist.ProcessGroup | None) -> FPDTConfig:
     base = transformers_model(model)
     handler = getattr(accelerator.parallelism_config, "sp_handler", None)
     config = resolve_settings(config_of(base), handler, deepspeed_config(accelerator).get("fpdt"))
@@ -112,11 +112,6 @@ def _sp_size(accelerator: AcceleratorState) -> int:
     return 1 if config is None else config.sp_size
 
 
-def _is_streamed(model: nn.Module) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
-
-
 def _check_engine(accelerator: AcceleratorState, sp_size: int) -> None:
     if not hasattr(transformers.trainer, "deepspeed_sp_compute_loss"):
         raise ValueError(
@@ -128,6 +123,15 @@ def _check_engine(accelerator: AcceleratorState, sp_size: int) -> None:
             f"sp_size={sp_size} with {accelerator.distributed_type.value}: this version shares sequences under DeepSpeed only. "
             "Launch with one of accelerate_configs/fpdt_zero*.yaml (distributed_type: DEEPSPEED), or set "
             "parallelism_config_sp_size to 1."
+        )
+
+
+def _check_loss(args: TrainingArguments, sp_size: int) -> None:
+    """Trainer computes the loss of a shared sequence before it comes to its own label smoothing."""
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} with sp_size={sp_size}: Trainer smooths no labels of shared "
+            "sequences. Set label_smoothing_factor=0, or parallelism_config_sp_size to 1."
         )
 
 

@@ -209,7 +209,7 @@ def config_of(model: PreTrainedModel) -> FPDTConfig:
 
 def exchange_of(model: PreTrainedModel) -> NoExchange | HeadExchange:
     """Between the processes that share the sequences which this model is called with now."""
-    group = model.__dict__.get(_SP_GROUP)
+    group = sp_group_of(model)
     return NoExchange() if group is None or not model.training else HeadExchange(group)
 
 
@@ -221,10 +221,25 @@ def streamed_models(base: PreTrainedModel) -> list[tuple[PreTrainedModel, list[n
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself; ValueError if there is none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _inner_model(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers PreTrainedModel, nor a PEFT model around one.")
     return base
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether it is a transformers model, or a PEFT model around one, with `attn_implementation="fpdt"`."""
+    base = _inner_model(model)
+    return isinstance(base, PreTrainedModel) and base.config._attn_implementation == NAME
+
+
+def sp_group_of(model: nn.Module):
+    """The group that `apply_fpdt` was given, None without."""
+    return transformers_model(model).__dict__.get(_SP_GROUP)
+
+
+def _inner_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_class(model_class: type) -> None:

@@ -33,11 +33,11 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def launch(config: Path, words: list[str], folder: Path, backend: str | None = "gloo") -> subprocess.CompletedProcess:
+def launch(config: Path, words: list[str], folder: Path, backend: str | None = "gloo", clip=CLIP):
     """`accelerate launch` of a script with these words."""
     start = f"-m accelerate.commands.launch --config_file {config} --main_process_port 0"
     common = f"--output_dir {folder} --max_steps {STEPS} --num_samples {SAMPLES} --per_device_train_batch_size 1 --optim sgd"
-    common += f" --learning_rate {RATE} --lr_scheduler_type constant --max_grad_norm {CLIP} --logging_steps 1 --report_to none"
+    common += f" --learning_rate {RATE} --lr_scheduler_type constant --max_grad_norm {clip} --logging_steps 1 --report_to none"
     common += " --disable_tqdm true" + ("" if "--save_strategy" in words else " --save_strategy no")
     common += f" --ddp_backend {backend}" if backend else ""
     command = [sys.executable, *start.split(), *words, *common.split()]
@@ -53,7 +53,7 @@ def stage_of(stage: int, folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size: int = 2):
+def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size: int = 2, clip: float = CLIP):
     """
     Losses, gradient norms and weights of a plain loop over the samples, in the order in which groups of `size` see them. Groups
     of several count each sample's mean once, as Trainer does with sequence parallelism; else every label of a step counts once.
@@ -73,14 +73,14 @@ def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size:
         counts = [1 if size > 1 else int((batch["labels"][:, 1:] != -100).sum()) for batch in seen]
         losses = [model(**batch).loss * count / sum(counts) for batch, count in zip(seen, counts, strict=True)]
         sum(losses).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         log.append((sum(losses).item(), norm.item()))
     return log, model.state_dict()
 
 
 def check(folder: Path, result: subprocess.CompletedProcess, want_log, want_weights, norms: bool = True):
-    assert result.returncode == 0, "\n".join(line for line in result.stderr.splitlines() if line.startswith("[rank"))[-4000:]
+    assert result.returncode == 0, result.stderr[-6000:]
     log = [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
     assert [entry["loss"] for entry in log] == pytest.approx([loss for loss, _ in want_log], rel=1e-5)
     if norms:
@@ -101,9 +101,11 @@ RUN = ["-m", "hf_fpdt.run", "tests/launched/train.py"]
 def test_two_processes_share_every_sequence(stage, family, accumulation, checkpoints, tmp_path):
     config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml" if stage == 3 else stage_of(stage, tmp_path)
     words = [*RUN, "--model", str(checkpoints / family), "--gradient_accumulation_steps", str(accumulation)]
-    result = launch(config, words, tmp_path / "out")
-    # Without ZeRO DeepSpeed does not tell the norm; what it clips by shows in the weights.
-    check(tmp_path / "out", result, *reference(checkpoints / family, accumulation=accumulation), norms=stage > 0)
+    # Without ZeRO DeepSpeed does not tell the norm. What is clipped has one size whatever it had before: this must not be.
+    clip = CLIP if stage > 0 else 1e3
+    result = launch(config, words, tmp_path / "out", clip=clip)
+    want = reference(checkpoints / family, accumulation=accumulation, clip=clip)
+    check(tmp_path / "out", result, *want, norms=stage > 0)
 
 
 def test_two_groups_of_two(checkpoints, tmp_path):
@@ -138,12 +140,12 @@ def test_a_group_that_does_not_divide_the_processes(checkpoints, tmp_path):
     assert "sp_size=2 does not divide the 3 processes. Use one of 1, 3" in result.stderr
 
 
-def with_deepspeed_file(folder: Path, block: dict, batch_size: int | str = "auto") -> Path:
+def with_deepspeed_file(folder: Path, block: dict, batch_size: int | str = "auto", **zero) -> Path:
     """ZeRO-3 on two CPUs, with a DeepSpeed configuration of one's own and hf_fpdt's settings in it."""
     settings = {
         "zero_optimization": {
             "stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, **zero,
         },
         "train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True, "fpdt": block,
@@ -173,10 +175,10 @@ def test_resume_in_the_middle_of_an_epoch(checkpoints, tmp_path):
 
 
 def test_a_script_that_imports_hf_fpdt(checkpoints, tmp_path):
-    """Without `hf_fpdt.run`."""
+    """Without `hf_fpdt.run`. ZeRO-3 without reduce-scatter averages over other processes than with it."""
     script, folder = tmp_path / "script.py", str(ROOT / "tests" / "launched")
     script.write_text(f"import sys\nimport hf_fpdt\nsys.path.insert(0, {folder!r})\nimport train\ntrain.main()\n")
-    config = with_deepspeed_file(tmp_path, {"save_attention": False})
+    config = with_deepspeed_file(tmp_path, {"save_attention": False}, reduce_scatter=False)
     result = launch(config, [str(script), "--model", str(checkpoints / "llama")], tmp_path / "out")
     check(tmp_path / "out", result, *reference(checkpoints / "llama"))
 
@@ -184,12 +186,17 @@ def test_a_script_that_imports_hf_fpdt(checkpoints, tmp_path):
 def test_a_loop_of_ones_own_and_its_collectives(checkpoints, tmp_path):
     """A layer's weights are gathered once a pass, whether it runs in one chunk or in five; exchanges grow with the chunks."""
     found = []
-    for index, chunk_size in enumerate((46, 10)):
-        folder = tmp_path / str(index)
+    for chunk_size in (46, 10):
+        folder = tmp_path / str(chunk_size)
         folder.mkdir()
-        config = with_deepspeed_file(folder, {"chunk_size": chunk_size}, batch_size=1)
+        config = with_deepspeed_file(folder, {}, batch_size=1)
+        if chunk_size == 10:  # from code, and not from the launch configuration
+            text = yaml.safe_load(config.read_text())
+            del text["parallelism_config"]
+            config.write_text(yaml.safe_dump(text))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
         command += ["tests/launched/loop.py", str(checkpoints / "llama"), str(folder / "found.json")]
+        command += ["10"] if chunk_size == 10 else []
         variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | variables, cwd=ROOT)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -201,3 +208,12 @@ def test_a_loop_of_ones_own_and_its_collectives(checkpoints, tmp_path):
     assert five.pop("all_to_all_single") == layers * exchanges * 5
     assert one == five, (one, five)
     assert one["all_gather_into_tensor"] >= 2 * layers
+
+
+def test_label_smoothing_is_refused(checkpoints, tmp_path):
+    """Trainer would leave it out without a word."""
+    config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml"
+    words = [*RUN, "--model", str(checkpoints / "llama"), "--label_smoothing_factor", "0.1"]
+    result = launch(config, words, tmp_path / "out")
+    assert result.returncode != 0
+    assert "label_smoothing_factor=0.1 with sp_size=2: Trainer smooths no labels of shared sequences" in result.stderr

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers.trainer
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, ParallelismConfig
 from train import Tokens
 from transformers import AutoModelForCausalLM, default_data_collator
 
-import hf_fpdt  # noqa: F401
+import hf_fpdt
 
 COLLECTIVES = ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "barrier")
 
@@ -29,10 +29,14 @@ def counted(counts: Counter) -> None:
         setattr(dist, name, call)
 
 
-def main(checkpoint: str, out: str) -> None:
+def main(checkpoint: str, out: str, chunk_size: str = "") -> None:
     counts: Counter = Counter()
     counted(counts)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    parallelism = None
+    if chunk_size:
+        plugin = hf_fpdt.FPDTPlugin(config=hf_fpdt.FPDTConfig(chunk_size=int(chunk_size)))
+        parallelism = ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=plugin)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], parallelism_config=parallelism)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     loader = torch.utils.data.DataLoader(Tokens(4, 46, model.config.vocab_size), collate_fn=default_data_collator)
@@ -52,4 +56,4 @@ def main(checkpoint: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])
