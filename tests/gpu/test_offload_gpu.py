@@ -124,7 +124,7 @@ def test_streamed_keys_and_values_with_slow_copies(save_attention, slow_copies):
 
 @pytest.mark.parametrize("slow", [False, True], ids=["", "slow"])
 def test_disk_is_bitwise_the_same(slow, tmp_path, request):
-    """Of 4 layers, what 3 MiB of host memory cannot hold goes through the file."""
+    """Of 4 layers, what 6 MiB of host memory cannot hold goes through the file."""
     if slow:
         request.getfixturevalue("slow_copies")
     model, ids = llama(), tokens()
