@@ -229,14 +229,17 @@ class MemoryModel:
         return whole + (layer.hidden + attention) * self._chunk_tokens
 
     def _waiting(self, kept: Sequence[float], placements: Sequence[LayerPlacement], place: str) -> float:
-        total = sum(size for size, placement in zip(kept, placements, strict=True) if placement.place == place)
+        total, most = 0.0, 0.0
+        for layer, size, placement in zip(self.model.layers, kept, placements, strict=True):
+            total += size if placement.place == place else 0
+            if place == "host" and self.stream_kv:  # in its backward, with all below it still waiting
+                most = max(most, total + layer.key_value_sums * (self._tokens - self._chunk_tokens))
         if placements[-1].place == place:
-            total += self.model.layers[-1].hidden * self._tokens  # the input of the final norm
-        if place == "host" and self.stream_kv:
-            total += max(layer.key_value_sums for layer in self.model.layers) * self._tokens
+            total += self.model.layers[-1].hidden * self._tokens  # the input of the final norm, gone before that backward
+        most = max(most, total)
         if place == "host" and any(placement.place == "disk" for placement in placements):
-            total += self._through_host()
-        return total + self._rebuilt(placements, place)
+            most += self._through_host()
+        return most + self._rebuilt(placements, place)
 
     def _through_host(self) -> float:
         """Host memory that tensors pass through on their way to the disk and back: those of two layers and a few chunks."""

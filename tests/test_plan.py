@@ -163,12 +163,13 @@ def test_the_final_norm_may_take_the_most(monkeypatch):
     assert 0.95 * taken <= predicted.device - weights_and_gradients(model) <= 1.05 * taken
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("settings", [{}, {"save_attention": False}, {"kv": "streamed"}], ids=str)
-def test_predicted_host_memory_is_what_is_used(settings, monkeypatch):
+def test_predicted_host_memory_is_what_is_used(settings, layers, monkeypatch):
     transfers_for.cache_clear()
     arena = transfers_for(torch.device("cpu")).arena
     config = hf_fpdt.FPDTConfig(chunk_size=512, gpu_memory=PLENTY, recompute=True, offload="host", **settings)
-    model = hf_fpdt.apply_fpdt(llama(), config)
+    model = hf_fpdt.apply_fpdt(llama(layers=layers), config)
     used = []
     take = arena.take
     monkeypatch.setattr(arena, "take", lambda *args: (take(*args), used.append(arena.used_bytes))[0])

@@ -15,6 +15,7 @@ from hf_fpdt.transfers import transfers_for
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
+SLAB_BYTES = 512 << 20
 
 
 def llama(**overrides):
@@ -52,6 +53,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(("batch", "seq_len"), [(1, 65536), (2, 20000)])
 def test_predicted_peak_is_what_a_step_takes(settings, batch, seq_len):
+    transfers_for.cache_clear()
     model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=8192, **settings))
     ids = tokens(seq_len, batch)
     step(model, ids)  # compiles kernels
@@ -63,7 +65,8 @@ def test_predicted_peak_is_what_a_step_takes(settings, batch, seq_len):
     taken = torch.cuda.max_memory_allocated()
     plan = next(iter(model.model.__dict__["_fpdt_plans"].values()))
     assert 0.95 * taken <= plan.peaks.device <= 1.05 * taken, f"{taken / 2**30:.3f} GiB taken; {plan}"
-    assert plan.peaks.host <= transfers_for(DEVICE).arena.locked_bytes
+    locked = transfers_for(DEVICE).arena.locked_bytes  # whole slabs
+    assert plan.peaks.host <= locked <= 1.05 * plan.peaks.host + SLAB_BYTES
 
 
 def test_the_limit_is_kept():
