@@ -55,7 +55,7 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         attention=ranks * problem.heads * (problem.value_dim * problem.itemsize + wide),
         weight_grads=sum(weight.nbytes for weight in weights),
         weight_sums=sum(weight.numel() * max(weight.element_size(), 4) for weight in weights),
-        workspace=lambda queries, keys: store.workspace(ranks * queries, ranks * keys),
+        workspace=lambda *tokens: store.workspace(*(ranks * count for count in tokens)),
         forward=traces[0],
         backward=traces[1],
     )
@@ -90,8 +90,8 @@ class _NoAttention:
         self.recorder.mark(ATTENTION_BACKWARD)
         return torch.zeros_like(query), query.new_zeros(self._key), query.new_zeros(self._value)
 
-    def workspace(self, queries: int, keys: int) -> int:
-        problem = replace(self.problem, queries=queries, keys=min(keys, max(queries, MAX_BACKWARD_KEYS)))
+    def workspace(self, queries: int, keys: int, block: int) -> int:
+        problem = replace(self.problem, queries=queries, keys=min(block, max(queries, MAX_BACKWARD_KEYS)))
         several = keys > problem.keys or not self.kernel.aligns_last
         summed = 4 * problem.query_elements if several else 0  # grad_query over several calls
         return backward_bytes(self.kernel.name, problem) + summed

@@ -50,7 +50,8 @@ class LayerFootprint:
         key_value, key_value_sums: K and V; their gradients in fp32.
         attention: out and lse.
         weight_grads, weight_sums: all gradients of the trainable weights, and their fp32 sums; bytes in all.
-        workspace: `(queries, keys) -> bytes` that the backward of a chunk's attention over so many keys takes at its peak.
+        workspace: `(queries, keys, block) -> bytes` that the backward of a chunk's attention over so many keys, so many at a
+            time, takes at its peak.
         forward: one chunk of every sequence of the batch, without gradients; its tokens are those of one sequence.
         backward: the same with gradients, to the mark `FORWARD_DONE`, then its backward, with the mark `ATTENTION_BACKWARD`.
     """
@@ -61,7 +62,7 @@ class LayerFootprint:
     attention: float
     weight_grads: int
     weight_sums: int
-    workspace: Callable[[int, int], int]
+    workspace: Callable[[int, int, int], int]
     forward: Footprint
     backward: Footprint
 
@@ -114,8 +115,8 @@ class Peaks:
 class _ChunkBytes:
     """The intermediates of one chunk of one layer; independent of where things are placed."""
 
-    def __init__(self, layer: LayerFootprint, chunk: int, keys: int, blocks: float):
-        extra = {ATTENTION_BACKWARD: layer.workspace(chunk, keys) + round(blocks)}
+    def __init__(self, layer: LayerFootprint, chunk: int, workspace: float):
+        extra = {ATTENTION_BACKWARD: round(workspace)}
         self.forward = layer.forward.peak(chunk)
         self.backward = layer.backward.peak(chunk, extra)
         self.graph = layer.backward.live(chunk, FORWARD_DONE)
@@ -134,8 +135,10 @@ class MemoryModel:
         self.model, self.seq_len, self.chunk, self.stream_kv = model, seq_len, chunk, stream_kv
         self._tokens, self._chunk_tokens = batch * seq_len, batch * chunk
         self.num_chunks = -(-seq_len // chunk)
-        keys = chunk if stream_kv else seq_len  # that a chunk of queries sees at a time
-        self._bytes = {id(layer): _ChunkBytes(layer, chunk, keys, self._blocks(layer)) for layer in model.layers}
+        self._bytes = {}
+        for layer in model.layers:
+            workspace = layer.workspace(chunk, seq_len, chunk if stream_kv else seq_len)
+            self._bytes[id(layer)] = _ChunkBytes(layer, chunk, workspace + self._blocks(layer))
 
     def peaks(self, placements: Sequence[LayerPlacement], *, reserve: int = 0, grads_held: bool = False) -> Peaks:
         """
@@ -193,8 +196,9 @@ class MemoryModel:
         """Of K, V and their gradients, while attention's backward runs over streamed blocks."""
         if not self.stream_kv:
             return 0
-        several = 2 * layer.key_value + (2 + _PENDING_SUMS) * layer.key_value_sums
-        return (several if self.num_chunks > 1 else layer.key_value) * self._chunk_tokens
+        others = self.num_chunks - 1
+        sums = min(others, 2 + _PENDING_SUMS) * layer.key_value_sums
+        return (min(others + 1, 2) * layer.key_value + sums) * self._chunk_tokens
 
     def _norm(self, last_placement: LayerPlacement) -> float:
         last, leaving = self.model.layers[-1], not self.stream_kv and last_placement.place != "device"

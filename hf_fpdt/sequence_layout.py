@@ -42,7 +42,7 @@ class SequenceLayout:
         The padded length gives the same layout again: a model finds it from the length of its shard times `sp_size`.
         """
         padded = _round_up(seq_len, sp_size)
-        tokens = sp_size * auto_chunk_tokens(device_type)
+        tokens = sp_size * auto_chunk_tokens(device_type, padded // sp_size)
         chunk = resolve_chunk_size(setting, batch_size=batch_size, seq_len=padded, tokens=tokens)
         return cls(padded, _round_up(chunk, sp_size), sp_size)
 

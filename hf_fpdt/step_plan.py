@@ -137,7 +137,7 @@ def _candidates(config: FPDTConfig, batch_size: int, layout: SequenceLayout, dev
     """`(chunk size, whether K and V stream)`, from the preferred to the one that needs least."""
     chunks = [layout.chunk_size]
     if config.chunk_size == "auto" and layout.sp_size == 1:
-        target = auto_chunk_tokens(device_type)
+        target = auto_chunk_tokens(device_type, layout.seq_len)
         sizes = [target // divisor for divisor in _SMALLER_CHUNKS]
         chunks = [resolve_chunk_size("auto", batch_size=batch_size, seq_len=layout.seq_len, tokens=size) for size in sizes]
     streams = {"auto": (False, True), "resident": (False,), "streamed": (True,)}[config.kv]

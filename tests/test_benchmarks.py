@@ -458,15 +458,16 @@ def test_the_readme_table_is_in_the_results():
     texts = {f"{row['step_s']:.2f} s, {row['peak_gib']:.1f} GiB" for row in read_rows(RESULTS)}
     table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|") and " GiB" in line]
     cells = [cell.strip().strip("*").split(" (")[0] for line in table for cell in line.split("|") if " s, " in cell]
-    assert len(cells) == 16
+    assert len(cells) == 20
     assert set(cells) <= texts
 
 
 def test_predictions_were_right():
-    """Within 5% of what was measured, but where a phase was not known yet; and the table in the documentation is that."""
+    """Within 5% of what was measured, but where a part was not known yet; and the table in the documentation is that."""
     rows = [row for row in read_rows(RESULTS) if "predicted_peak_gib" in row]
     wrong = [row for row in rows if abs(row["predicted_peak_gib"] / row["peak_gib"] - 1) > 0.05]
-    assert [(row["seq_len"], row["fpdt"]) for row in wrong] == [(1 << 20, {"kv": "streamed"})]
+    chunks_of_64k = {"kv": "streamed", "chunk_size": 65536}
+    assert [(row["seq_len"], row["fpdt"]) for row in wrong] == [(262144, chunks_of_64k), (1 << 20, {"kv": "streamed"})]
     assert len(rows) - len(wrong) >= 8
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for row in rows:
@@ -474,4 +475,4 @@ def test_predictions_were_right():
         assert any(
             line.startswith(f"| {row['seq_len']:,} | {row['layers']} |") and line.endswith(cells) for line in text.splitlines()
         )
-    assert text.count("| `{") + text.count("| defaults") + text.count("| LoRA") == len(rows)
+    assert sum(line.endswith(" |") and line.count("|") == 7 for line in text.splitlines()) == len(rows) + 1  # and its head

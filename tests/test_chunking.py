@@ -23,7 +23,7 @@ def test_ragged_end():
 @pytest.mark.parametrize(("setting", "want"), [(1, 1), (100, 100), (300, 300), (301, 300), (10**9, 300)])
 def test_a_given_size_is_kept_up_to_the_sequence(setting, want):
     for device in ("cpu", "cuda"):
-        assert resolve_chunk_size(setting, batch_size=8, seq_len=300, tokens=auto_chunk_tokens(device)) == want
+        assert resolve_chunk_size(setting, batch_size=8, seq_len=300, tokens=auto_chunk_tokens(device, 300)) == want
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,9 @@ def test_a_given_size_is_kept_up_to_the_sequence(setting, want):
     [
         ("cuda", 1, 131072, 16384),
         ("cuda", 2, 131072, 8192),
+        ("cuda", 1, 524287, 16384),
+        ("cuda", 1, 524288, 32768),
+        ("cuda", 2, 1 << 20, 16384),
         ("cuda", 1, 16384, 16384),
         ("cuda", 1, 16385, 8320),  # two chunks: 8193 rounded up to a multiple of 128
         ("cuda", 1, 100, 100),
@@ -42,15 +45,16 @@ def test_a_given_size_is_kept_up_to_the_sequence(setting, want):
     ],
 )
 def test_auto(device, batch, seq_len, want):
-    assert resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, tokens=auto_chunk_tokens(device)) == want
+    assert resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, tokens=auto_chunk_tokens(device, seq_len)) == want
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize("seq_len", [1, 127, 2048, 2049, 5000, 12345, 99999])
 def test_auto_is_balanced_aligned_and_bounded(batch, seq_len):
-    size = resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, tokens=auto_chunk_tokens("cpu"))
+    size = resolve_chunk_size("auto", batch_size=batch, seq_len=seq_len, tokens=auto_chunk_tokens("cpu", seq_len))
     spans = chunk_spans(seq_len, size)
     assert size == seq_len or size % 128 == 0
-    assert size * batch <= max(chunking.AUTO_CHUNK_TOKENS["cpu"], 128 * batch) + 127 * batch
+    target = chunking.AUTO_CHUNK_TOKENS["cpu"] * (2 if seq_len >= 65536 else 1)
+    assert size * batch <= max(target, 128 * batch) + 127 * batch
     # equal but for rounding to 128: no short chunk at the end that could have been shared out
     assert len(spans) * size - seq_len < 128 * len(spans)

@@ -128,6 +128,7 @@ CASES = [
     ({"offload": "host"}, {"vocab_size": 60}, 1, 2048, 1024),
     ({"offload": "host", "save_attention": False}, {"vocab_size": 60}, 1, 2048, 512),
     ({"offload": "host", "kv": "streamed"}, {"vocab_size": 60, "num_key_value_heads": 4}, 1, 2048, 256),
+    ({"offload": "host", "kv": "streamed"}, {"vocab_size": 60, "num_key_value_heads": 4}, 1, 2048, 1024),
     ({"recompute": "auto", "kv": "streamed"}, {"vocab_size": 60, "num_key_value_heads": 4}, 1, 2048, 512),
     ({"offload": "none"}, {}, 1, 2048, 256),
     ({"recompute": False}, {}, 1, 1024, 256),

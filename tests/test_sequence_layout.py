@@ -54,6 +54,7 @@ def test_auto_depends_on_batch_and_device():
     assert layout_of(262144, "auto", 4, device_type="cuda").chunk_size == 65536
     assert layout_of(262144, "auto", 4, batch_size=2, device_type="cuda").chunk_size == 32768
     assert layout_of(65536, "auto", 4).chunk_size == 8192
+    assert layout_of(262144, "auto", 4).chunk_size == 16384  # of every rank's 65,536 tokens, twice as much
 
 
 def test_lengths_divide_and_are_as_short_as_can_be():
