@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .config import FPDTConfig
 from .engines import (
+    check_shares_sequences,
     deepspeed_config,
     gather_whole_layers,
     gradient_factor,
@@ -52,6 +53,8 @@ class FPDTCallback(TrainerCallback):
             replace_sequence_parallelism(_Attention, _Loader)
             _check_engine(accelerator, sp_size)
             _check_loss(args, sp_size)
+            if zero_stage(accelerator) is None:  # DeepSpeed's models are shared where accelerate prepares them
+                share_sequences(model, sp_size)
         elif model is not None and is_streamed(model):
             _set_up(model, accelerator, sp_group_of(model))
 
@@ -118,12 +121,7 @@ def _check_engine(accelerator: AcceleratorState, sp_size: int) -> None:
             f"sp_size={sp_size} with transformers {transformers.__version__}: its Trainer has a loss of its own for this, "
             "which cannot be replaced. Use a newer transformers (5.12 and later have been seen to work)."
         )
-    if zero_stage(accelerator) is None:
-        raise ValueError(
-            f"sp_size={sp_size} with {accelerator.distributed_type.value}: this version shares sequences under DeepSpeed only. "
-            "Launch with one of accelerate_configs/fpdt_zero*.yaml (distributed_type: DEEPSPEED), or set "
-            "parallelism_config_sp_size to 1."
-        )
+    check_shares_sequences(accelerator, sp_size)
 
 
 def _check_loss(args: TrainingArguments, sp_size: int) -> None:

@@ -1,5 +1,5 @@
 """
-What depends on the engine that trains. DeepSpeed is the only one that shares sequences; this is its only importer.
+What depends on the engine that trains: DeepSpeed's ZeRO stages, FSDP2, DDP. The only importer of DeepSpeed.
 
 One function owns the factor that gradients need, one makes the process groups, one keeps ZeRO-3 from gathering per chunk.
 """
@@ -13,12 +13,44 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
+_SHARING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
 
 def zero_stage(state: AcceleratorState) -> int | None:
     """DeepSpeed's ZeRO stage, None for another engine."""
     if state.distributed_type != DistributedType.DEEPSPEED:
         return None
     return int(deepspeed_config(state).get("zero_optimization", {}).get("stage", 0))
+
+
+def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
+    """
+    Raises:
+        ValueError: for an engine under which sequences cannot be shared.
+    """
+    kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
+    if kind == DistributedType.FSDP and plugin.fsdp_version == 1:
+        raise ValueError(f"sp_size={sp_size} with FSDP1: use FSDP2 (fsdp_config: fsdp_version: 2), DDP or DeepSpeed.")
+    if kind not in _SHARING:
+        raise ValueError(
+            f"sp_size={sp_size} with distributed_type {kind.value}: sequences are shared under DeepSpeed, FSDP2 and DDP. "
+            "Launch with one of accelerate_configs/, or set parallelism_config_sp_size to 1."
+        )
+
+
+def check_is_shared(group: dist.ProcessGroup | None) -> None:
+    """
+    Raises:
+        ValueError: if a model without a group trains in a run that asks for groups: accelerate prepares loops of one's own for
+            them under DeepSpeed only.
+    """
+    config = AcceleratorState._shared_state.get("parallelism_config")
+    if group is None and config is not None and config.sp_size > 1:
+        raise ValueError(
+            f"sp_size={config.sp_size}, and this model was not prepared for it: every process would train on whole sequences. "
+            "In a loop of your own use DeepSpeed (accelerate_configs/fpdt_zero*.yaml) and Accelerator.prepare(model, "
+            "optimizer, dataloader); with FSDP2 and DDP use Trainer; or set parallelism_config_sp_size to 1."
+        )
 
 
 def deepspeed_config(state: AcceleratorState) -> dict[str, Any]:
@@ -31,11 +63,12 @@ def gradient_factor(state: AcceleratorState, sp_size: int) -> float:
     What the gradient of every process's share of the global mean loss must be multiplied with, so that what the engine makes of
     all of them is the gradient of the mean over the data-parallel groups.
 
-    ZeRO-3's default reduce-scatter averages over all processes, also over those of one sequence, whose shares must be summed:
-    `sp_size`. DeepSpeed's other reductions divide by the data-parallel size alone: 1.
+    DDP, FSDP2 and ZeRO-3's default reduce-scatter average over all processes, also over those of one sequence, whose shares
+    must be summed: `sp_size`. DeepSpeed's other reductions divide by the data-parallel size alone: 1.
     """
+    stage = zero_stage(state)
     zero = deepspeed_config(state).get("zero_optimization", {})
-    averages_over_all = zero_stage(state) == 3 and zero.get("reduce_scatter", True) is not False
+    averages_over_all = stage is None or (stage == 3 and zero.get("reduce_scatter", True) is not False)
     return float(sp_size) if averages_over_all else 1.0
 
 
@@ -53,9 +86,12 @@ def sequence_parallel_groups(sp_size: int) -> ModuleType:
             f"sp_size={sp_size} does not divide the {world} processes. Use one of {', '.join(map(str, valid))}, or start "
             "another number of processes (num_processes, --num_processes)."
         )
+    import deepspeed
     import deepspeed.runtime.sequence_parallel.parallel_state_sp as mpu
     from deepspeed.utils import groups
 
+    if not deepspeed.comm.is_initialized():  # another engine's processes: DeepSpeed takes them over
+        deepspeed.init_distributed(dist_backend=dist.get_backend())
     if mpu._SEQUENCE_PARALLEL_GROUP is None:
         mpu.initialize_sequence_parallel(sequence_parallel_size=sp_size)
     groups.mpu = mpu

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .attention_interface import NAME, uses_attention_interface
 from .config import FPDTConfig
+from .engines import check_is_shared
 from .head_exchange import HeadExchange, NoExchange
 from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
@@ -210,7 +211,10 @@ def config_of(model: PreTrainedModel) -> FPDTConfig:
 def exchange_of(model: PreTrainedModel) -> NoExchange | HeadExchange:
     """Between the processes that share the sequences which this model is called with now."""
     group = sp_group_of(model)
-    return NoExchange() if group is None or not model.training else HeadExchange(group)
+    if not model.training:
+        return NoExchange()
+    check_is_shared(group)
+    return NoExchange() if group is None else HeadExchange(group)
 
 
 def streamed_models(base: PreTrainedModel) -> list[tuple[PreTrainedModel, list[nn.Module]]]:

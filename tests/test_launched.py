@@ -6,6 +6,7 @@ launching on several GPUs trains something else.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,15 +34,19 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def launch(config: Path, words: list[str], folder: Path, backend: str | None = "gloo", clip=CLIP):
+def launch(
+    config: Path, words: list[str], folder: Path, backend: str | None = "gloo", clip=CLIP, optimizer="sgd", chunk_size=14
+):
     """`accelerate launch` of a script with these words."""
     start = f"-m accelerate.commands.launch --config_file {config} --main_process_port 0"
-    common = f"--output_dir {folder} --max_steps {STEPS} --num_samples {SAMPLES} --per_device_train_batch_size 1 --optim sgd"
+    common = (
+        f"--output_dir {folder} --max_steps {STEPS} --num_samples {SAMPLES} --per_device_train_batch_size 1 --optim {optimizer}"
+    )
     common += f" --learning_rate {RATE} --lr_scheduler_type constant --max_grad_norm {clip} --logging_steps 1 --report_to none"
     common += " --disable_tqdm true" + ("" if "--save_strategy" in words else " --save_strategy no")
     common += f" --ddp_backend {backend}" if backend else ""
     command = [sys.executable, *start.split(), *words, *common.split()]
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": "14", "PYTHONPATH": str(ROOT)}
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": str(chunk_size), "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | variables, cwd=ROOT)
 
 
@@ -79,9 +84,12 @@ def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size:
     return log, model.state_dict()
 
 
-def check(folder: Path, result: subprocess.CompletedProcess, want_log, want_weights, norms: bool = True):
+def check(folder: Path, result: subprocess.CompletedProcess, want_log, want_weights, norms: bool = True, size: int = 2):
+    """Of groups of `size` processes."""
     assert result.returncode == 0, result.stderr[-6000:]
-    log = [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+    log = json.loads((folder / "log.json").read_text())
+    assert log[-1]["tokens"] == -(-46 // size)
+    log = [entry for entry in log if "loss" in entry]
     assert [entry["loss"] for entry in log] == pytest.approx([loss for loss, _ in want_log], rel=1e-5)
     if norms:
         assert [entry["grad_norm"] for entry in log] == pytest.approx([norm for _, norm in want_log], rel=1e-5)
@@ -114,6 +122,75 @@ def test_two_groups_of_two(checkpoints, tmp_path):
     check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2))
 
 
+def test_four_processes_and_two_key_value_heads(checkpoints, tmp_path):
+    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_sp2_dp2_4cpu.yaml").read_text())
+    config["parallelism_config"] |= {"parallelism_config_sp_size": 4, "parallelism_config_dp_replicate_size": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    result = launch(tmp_path / "config.yaml", [*RUN, "--model", str(checkpoints / "llama")], tmp_path / "out")
+    check(tmp_path / "out", result, *reference(checkpoints / "llama", size=4), size=4)
+
+
+ON_CPU = ["-m", "hf_fpdt.run", "tests/launched/on_cpu.py", "--use_cpu", "true"]
+
+
+def of_gpus(name: str, folder: Path, groups: int) -> Path:
+    """A configuration for two GPUs, for so many groups of two CPUs; 0: two CPUs without groups."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text()) | {"mixed_precision": "no"}
+    config["num_processes"] = 2 * max(groups, 1)
+    if groups == 0:
+        del config["parallelism_config"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "accumulation", "groups"),
+    [
+        ("ddp", "llama", 2, 1), ("ddp", "neox", 1, 1), ("ddp", "llama", 1, 2), ("ddp", "neox", 2, 0),
+        ("fsdp2", "llama", 2, 1), ("fsdp2", "neox", 1, 1), ("fsdp2", "llama", 1, 0),
+    ],
+)  # fmt: skip
+def test_other_engines(engine, family, accumulation, groups, checkpoints, tmp_path):
+    config = of_gpus(f"fpdt_{engine}_2gpu", tmp_path, groups)
+    words = [*ON_CPU, "--model", str(checkpoints / family), "--gradient_accumulation_steps", str(accumulation)]
+    words += [] if groups else ["--attn_implementation", "fpdt"]
+    result = launch(config, words, tmp_path / "out", backend=None)
+    size = 2 if groups else 1
+    want = reference(checkpoints / family, groups=groups or 2, accumulation=accumulation, size=size)
+    check(tmp_path / "out", result, *want, size=size)
+    weights = json.loads((tmp_path / "out" / "log.json").read_text())[-1]["weights"]
+    assert weights == {"ddp": "Tensor", "fsdp2": "DTensor"}[engine]
+
+
+def test_fsdp2_gathers_a_layer_once_a_pass(checkpoints, tmp_path):
+    """Two layers and the rest, each in both passes of three steps and in the end, in one chunk or in five."""
+    config, words = of_gpus("fpdt_fsdp2_2gpu", tmp_path, groups=1), [*ON_CPU, "--model", str(checkpoints / "llama")]
+    counts = []
+    for chunk_size in (46, 10):
+        result = launch(config, words, tmp_path / "out", backend=None, chunk_size=chunk_size)
+        assert result.returncode == 0, result.stderr[-6000:]
+        counts.append(re.findall(r"gathered (\d+)", result.stdout))
+    assert counts[0] == counts[1]
+    assert int(counts[0][0]) >= STEPS * (2 * 2 + 1)
+
+
+def test_fsdp2_resumes_in_the_middle_of_an_epoch(checkpoints, tmp_path):
+    config = of_gpus("fpdt_fsdp2_2gpu", tmp_path, groups=1)
+    words = [*ON_CPU, "--model", str(checkpoints / "llama"), "--save_strategy", "steps", "--save_steps", "1"]
+    runs = []
+    for name, more in (("out", []), ("again", ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")])):
+        result = launch(config, words + more, tmp_path / name, backend=None, optimizer="adamw_torch")
+        assert result.returncode == 0, result.stderr[-6000:]
+        log = [entry for entry in json.loads((tmp_path / name / "log.json").read_text()) if "loss" in entry]
+        weights = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
+        runs.append(([(entry["loss"], entry["grad_norm"]) for entry in log], weights))
+    (log, weights), (log_again, weights_again) = runs
+    assert log == log_again
+    assert len(log) == STEPS
+    for name, want in weights.items():
+        assert torch.equal(weights_again[name], want), name
+
+
 def test_without_groups(checkpoints, tmp_path):
     """A streamed model under ZeRO-3, whole sequences on each of two processes."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml").read_text())
@@ -121,7 +198,7 @@ def test_without_groups(checkpoints, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = [*RUN, "--model", str(checkpoints / "llama"), "--attn_implementation", "fpdt"]
     result = launch(tmp_path / "config.yaml", words, tmp_path / "out")
-    check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2, size=1))
+    check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2, size=1), size=1)
 
 
 def test_processes_that_do_not_know_of_each_other(checkpoints, tmp_path):

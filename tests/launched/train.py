@@ -1,4 +1,7 @@
-"""A Trainer script like any other; `test_launched.py` starts it under `accelerate launch`. It does not know of hf_fpdt."""
+"""
+A Trainer script like any other; `test_launched.py` starts it under `accelerate launch`. It does not know of hf_fpdt, and writes
+down how many tokens its model was given and what its weights were.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -43,11 +46,17 @@ def main():
         arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation
     )
     dataset = Tokens(arguments.num_samples, arguments.seq_len, AutoConfig.from_pretrained(arguments.model).vocab_size)
+    seen = {}
+
+    def look(module, args, kwargs):
+        seen.update(tokens=kwargs["input_ids"].shape[1], weights=type(next(module.parameters()).data).__name__)
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
     trainer = Trainer(model, training, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():
-        Path(training.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+        Path(training.output_dir, "log.json").write_text(json.dumps([*trainer.state.log_history, seen]))
 
 
 if __name__ == "__main__":

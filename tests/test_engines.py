@@ -1,0 +1,62 @@
+"""What engines need of a run that shares sequences. A failure: wrong gradients, or an engine that trains something else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from reference import make_model, tiny_llama
+
+import hf_fpdt
+from hf_fpdt.engines import check_shares_sequences, gradient_factor
+
+
+def state(kind: DistributedType, fsdp_version: int = 2, **zero):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero} if zero else {})
+    return SimpleNamespace(
+        distributed_type=kind, deepspeed_plugin=plugin, fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version)
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "want"),
+    [
+        (state(DistributedType.DEEPSPEED), 1),
+        (state(DistributedType.DEEPSPEED, stage=1), 1),
+        (state(DistributedType.DEEPSPEED, stage=2), 1),
+        (state(DistributedType.DEEPSPEED, stage=3), 4),
+        (state(DistributedType.DEEPSPEED, stage=3, reduce_scatter=False), 1),
+        (state(DistributedType.FSDP), 4),
+        (state(DistributedType.MULTI_GPU), 4),
+    ],
+)
+def test_gradient_factor(engine, want):
+    """As `test_launched.py` measures it."""
+    check_shares_sequences(engine, 4)
+    assert gradient_factor(engine, 4) == want
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (state(DistributedType.FSDP, fsdp_version=1), r"sp_size=4 with FSDP1: use FSDP2 \(fsdp_config: fsdp_version: 2\)"),
+        (state(DistributedType.MEGATRON_LM), "sp_size=4 with distributed_type MEGATRON_LM: .* DeepSpeed, FSDP2 and DDP"),
+        (state(DistributedType.NO), "sp_size=4 with distributed_type NO"),
+    ],
+)
+def test_engines_that_cannot(engine, message):
+    with pytest.raises(ValueError, match=message):
+        check_shares_sequences(engine, 4)
+
+
+def test_a_loop_that_was_not_prepared(monkeypatch):
+    model = hf_fpdt.apply_fpdt(make_model(tiny_llama()))
+    ids = torch.arange(20)[None]
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", SimpleNamespace(sp_size=1))
+    model.train()(input_ids=ids, labels=ids)
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(sp_size=2))
+    with pytest.raises(ValueError, match="sp_size=2, and this model was not prepared for it"):
+        model(input_ids=ids, labels=ids)
+    model.eval()(input_ids=ids, labels=ids)  # evaluation takes whole sequences
