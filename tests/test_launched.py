@@ -251,6 +251,19 @@ def test_resume_in_the_middle_of_an_epoch(checkpoints, tmp_path):
     check(tmp_path / "again", launch(config, words, tmp_path / "again"), *reference(checkpoints / "llama"))
 
 
+def test_a_killed_process_ends_the_run_and_it_resumes(checkpoints, tmp_path):
+    """From the checkpoint of the step before, to the same losses and weights."""
+    config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml"
+    words = ["--model", str(checkpoints / "llama"), "--save_strategy", "steps", "--save_steps", "1"]
+    result = launch(config, ["-m", "hf_fpdt.run", "tests/launched/killed.py", *words], tmp_path / "out")
+    assert result.returncode != 0
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert not (tmp_path / "out" / "log.json").exists()
+    words += ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")]
+    result = launch(config, [*RUN, *words], tmp_path / "out")
+    check(tmp_path / "out", result, *reference(checkpoints / "llama"))
+
+
 def test_a_script_that_imports_hf_fpdt(checkpoints, tmp_path):
     """Without `hf_fpdt.run`. ZeRO-3 without reduce-scatter averages over other processes than with it."""
     script, folder = tmp_path / "script.py", str(ROOT / "tests" / "launched")
