@@ -251,6 +251,37 @@ def test_resume_in_the_middle_of_an_epoch(checkpoints, tmp_path):
     check(tmp_path / "again", launch(config, words, tmp_path / "again"), *reference(checkpoints / "llama"))
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_evaluation_and_prediction(engine, checkpoints, tmp_path):
+    """On whole sequences, each on one process, after training on shared ones."""
+    words = ["--model", str(checkpoints / "llama"), "--do_predict", "true", "--per_device_eval_batch_size", "2"]
+    if engine == "zero3":
+        result = launch(ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml", [*RUN, *words], tmp_path / "out")
+    else:
+        result = launch(of_gpus("fpdt_fsdp2_2gpu", tmp_path, 1), [*ON_CPU, *words], tmp_path / "out", backend=None)
+    assert result.returncode == 0, result.stderr[-6000:]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager").eval()
+    samples = [
+        {name: torch.tensor([ids]) for name, ids in sample.items()} for sample in Tokens(SAMPLES, 46, model.config.vocab_size)
+    ]
+    with torch.no_grad():
+        outputs = [model(**sample) for sample in samples]
+    right = [
+        (output.logits[:, :-1].argmax(-1) == sample["labels"][:, 1:])[sample["labels"][:, 1:] != -100].sum().item()
+        for output, sample in zip(outputs, samples, strict=True)
+    ]
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    evaluated = next(entry for entry in log if "eval_loss" in entry)
+    predicted = log[-1]["predicted"]
+    assert evaluated["eval_hits"] == predicted["test_hits"] == sum(right) > 0
+    # Trainer averages over batches of two, each the mean over its labels.
+    counts = [(sample["labels"][:, 1:] != -100).sum().item() for sample in samples]
+    sums = [output.loss.item() * count for output, count in zip(outputs, counts, strict=True)]
+    batches = [(sums[i] + sums[i + 1]) / (counts[i] + counts[i + 1]) for i in range(0, SAMPLES, 2)]
+    assert evaluated["eval_loss"] == pytest.approx(sum(batches) / len(batches), rel=1e-5)
+    assert predicted["test_loss"] == pytest.approx(sum(batches) / len(batches), rel=1e-5)
+
+
 def test_a_killed_process_ends_the_run_and_it_resumes(checkpoints, tmp_path):
     """From the checkpoint of the step before, to the same losses and weights."""
     config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml"

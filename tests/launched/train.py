@@ -40,6 +40,12 @@ class Tokens(Dataset):
         return {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
 
+def hits(predictions) -> dict[str, int]:
+    """How many tokens are predicted right."""
+    found, labels = predictions.predictions[:, :-1].argmax(-1), predictions.label_ids[:, 1:]
+    return {"hits": int(((found == labels) & (labels != -100)).sum())}
+
+
 def main():
     training, arguments = HfArgumentParser((TrainingArguments, Arguments)).parse_args_into_dataclasses()
     model = AutoModelForCausalLM.from_pretrained(
@@ -52,8 +58,11 @@ def main():
         seen.update(tokens=kwargs["input_ids"].shape[1], weights=type(next(module.parameters()).data).__name__)
 
     model.register_forward_pre_hook(look, with_kwargs=True)
-    trainer = Trainer(model, training, train_dataset=dataset)
+    trainer = Trainer(model, training, train_dataset=dataset, eval_dataset=dataset, compute_metrics=hits)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if training.do_predict:
+        trainer.evaluate()
+        seen["predicted"] = trainer.predict(dataset).metrics
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():
         Path(training.output_dir, "log.json").write_text(json.dumps([*trainer.state.log_history, seen]))
