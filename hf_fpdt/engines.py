@@ -26,7 +26,7 @@ def zero_stage(state: AcceleratorState) -> int | None:
 def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
     """
     Raises:
-        ValueError: for an engine under which sequences cannot be shared.
+        ValueError: for an engine under which sequences cannot be shared, and for groups that are not all of its processes.
     """
     kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
     if kind == DistributedType.FSDP and plugin.fsdp_version == 1:
@@ -36,6 +36,14 @@ def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
             f"sp_size={sp_size} with distributed_type {kind.value}: sequences are shared under DeepSpeed, FSDP2 and DDP. "
             "Launch with one of accelerate_configs/, or set parallelism_config_sp_size to 1."
         )
+    groups = state.num_processes // sp_size
+    if kind == DistributedType.DEEPSPEED and state.num_processes % sp_size == 0:  # the others do not read it
+        named = state.parallelism_config.data_parallel_size
+        if named != groups:
+            raise ValueError(
+                f"{state.num_processes} processes in groups of sp_size={sp_size} are {groups} groups, and the launch "
+                f"configuration says {named}: set parallelism_config_dp_replicate_size to {groups}."
+            )
 
 
 def check_is_shared(group: dist.ProcessGroup | None) -> None:

@@ -13,10 +13,14 @@ import hf_fpdt
 from hf_fpdt.engines import check_shares_sequences, gradient_factor
 
 
-def state(kind: DistributedType, fsdp_version: int = 2, **zero):
-    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero} if zero else {})
+def state(kind: DistributedType, fsdp_version: int = 2, groups: int = 2, **zero):
+    """Of 8 processes."""
     return SimpleNamespace(
-        distributed_type=kind, deepspeed_plugin=plugin, fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version)
+        distributed_type=kind,
+        num_processes=8,
+        parallelism_config=ParallelismConfig(sp_size=4, dp_replicate_size=groups),
+        deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": zero} if zero else {}),
+        fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version),
     )
 
 
@@ -44,6 +48,10 @@ def test_gradient_factor(engine, want):
         (state(DistributedType.FSDP, fsdp_version=1), r"sp_size=4 with FSDP1: use FSDP2 \(fsdp_config: fsdp_version: 2\)"),
         (state(DistributedType.MEGATRON_LM), "sp_size=4 with distributed_type MEGATRON_LM: .* DeepSpeed, FSDP2 and DDP"),
         (state(DistributedType.NO), "sp_size=4 with distributed_type NO"),
+        (
+            state(DistributedType.DEEPSPEED, groups=1),
+            "8 processes in groups of sp_size=4 are 2 groups, .* says 1: set parallelism_config_dp_replicate_size to 2",
+        ),
     ],
 )
 def test_engines_that_cannot(engine, message):

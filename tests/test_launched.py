@@ -23,6 +23,14 @@ sys.path.insert(0, str(ROOT / "tests" / "launched"))
 from train import Tokens  # noqa: E402
 
 SAMPLES, STEPS, RATE, CLIP = 16, 3, 0.05, 0.5
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FPDT_")}
+# Engine, model, accumulated batches, groups, processes of a group; without groups every process has sequences of its own.
+CASES = [
+    ("zero0", "llama", 1, 1, 2), ("zero1", "llama", 1, 1, 2), ("zero2", "neox", 2, 1, 2), ("zero3", "llama", 2, 1, 2),
+    ("zero3", "neox", 1, 1, 2), ("zero3", "llama", 1, 2, 2), ("zero3", "llama", 1, 1, 4), ("zero3", "llama", 1, 2, 1),
+    ("fsdp2", "llama", 2, 1, 2), ("fsdp2", "neox", 1, 1, 2), ("fsdp2", "llama", 1, 2, 1),
+    ("ddp", "llama", 2, 1, 2), ("ddp", "neox", 1, 1, 2), ("ddp", "llama", 1, 2, 2), ("ddp", "neox", 2, 2, 1),
+]  # fmt: skip
 FAMILIES = {"llama": tiny_llama, "neox": tiny_neox}
 
 
@@ -47,15 +55,7 @@ def launch(
     common += f" --ddp_backend {backend}" if backend else ""
     command = [sys.executable, *start.split(), *words, *common.split()]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": str(chunk_size), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | variables, cwd=ROOT)
-
-
-def stage_of(stage: int, folder: Path) -> Path:
-    """The configuration for two CPUs with another ZeRO stage."""
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero2_2cpu.yaml").read_text())
-    config["deepspeed_config"]["zero_stage"] = stage
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder / "config.yaml"
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT | variables, cwd=ROOT)
 
 
 def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size: int = 2, clip: float = CLIP):
@@ -102,69 +102,60 @@ def check(folder: Path, result: subprocess.CompletedProcess, want_log, want_weig
 RUN = ["-m", "hf_fpdt.run", "tests/launched/train.py"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "family", "accumulation"),
-    [(0, "llama", 1), (1, "llama", 1), (2, "neox", 2), (3, "llama", 2), (3, "neox", 1)],
-)
-def test_two_processes_share_every_sequence(stage, family, accumulation, checkpoints, tmp_path):
-    config = ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml" if stage == 3 else stage_of(stage, tmp_path)
-    words = [*RUN, "--model", str(checkpoints / family), "--gradient_accumulation_steps", str(accumulation)]
-    # Without ZeRO DeepSpeed does not tell the norm. What is clipped has one size whatever it had before: this must not be.
-    clip = CLIP if stage > 0 else 1e3
-    result = launch(config, words, tmp_path / "out", clip=clip)
-    want = reference(checkpoints / family, accumulation=accumulation, clip=clip)
-    check(tmp_path / "out", result, *want, norms=stage > 0)
-
-
-def test_two_groups_of_two(checkpoints, tmp_path):
-    config = ROOT / "accelerate_configs" / "fpdt_zero3_sp2_dp2_4cpu.yaml"
-    result = launch(config, [*RUN, "--model", str(checkpoints / "llama")], tmp_path / "out")
-    check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2))
-
-
-def test_four_processes_and_two_key_value_heads(checkpoints, tmp_path):
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_sp2_dp2_4cpu.yaml").read_text())
-    config["parallelism_config"] |= {"parallelism_config_sp_size": 4, "parallelism_config_dp_replicate_size": 1}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    result = launch(tmp_path / "config.yaml", [*RUN, "--model", str(checkpoints / "llama")], tmp_path / "out")
-    check(tmp_path / "out", result, *reference(checkpoints / "llama", size=4), size=4)
-
-
 ON_CPU = ["-m", "hf_fpdt.run", "tests/launched/on_cpu.py", "--use_cpu", "true"]
 
 
-def of_gpus(name: str, folder: Path, groups: int) -> Path:
-    """A configuration for two GPUs, for so many groups of two CPUs; 0: two CPUs without groups."""
-    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text()) | {"mixed_precision": "no"}
-    config["num_processes"] = 2 * max(groups, 1)
-    if groups == 0:
-        del config["parallelism_config"]
+def zero(stage: int, folder: Path, groups: int, size: int) -> Path:
+    """A configuration of DeepSpeed for CPUs."""
+    name = "zero3_sp2_dp2_4cpu" if groups * size == 4 else "zero3_2cpu" if stage == 3 else "zero2_2cpu"
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"fpdt_{name}.yaml").read_text())
+    assert config["num_processes"] == groups * size
+    config["deepspeed_config"]["zero_stage"] = stage
+    return _written(config, folder, {"sp_size": size, "dp_replicate_size": groups} if size > 1 else None)
+
+
+def of_gpus(engine: str, folder: Path, groups: int, size: int) -> Path:
+    """The configuration of FSDP2 or DDP for two GPUs, on CPUs."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"fpdt_{engine}_2gpu.yaml").read_text())
+    config |= {"mixed_precision": "no", "num_processes": groups * size}
+    return _written(config, folder, {"sp_size": size} if size > 1 else None)
+
+
+def _written(config: dict, folder: Path, parallelism: dict | None) -> Path:
+    section = config.pop("parallelism_config")
+    if parallelism is not None:
+        named = {f"parallelism_config_{name}": value for name, value in parallelism.items()}
+        config["parallelism_config"] = section | named
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
 
 
-@pytest.mark.parametrize(
-    ("engine", "family", "accumulation", "groups"),
-    [
-        ("ddp", "llama", 2, 1), ("ddp", "neox", 1, 1), ("ddp", "llama", 1, 2), ("ddp", "neox", 2, 0),
-        ("fsdp2", "llama", 2, 1), ("fsdp2", "neox", 1, 1), ("fsdp2", "llama", 1, 0),
-    ],
-)  # fmt: skip
-def test_other_engines(engine, family, accumulation, groups, checkpoints, tmp_path):
-    config = of_gpus(f"fpdt_{engine}_2gpu", tmp_path, groups)
-    words = [*ON_CPU, "--model", str(checkpoints / family), "--gradient_accumulation_steps", str(accumulation)]
-    words += [] if groups else ["--attn_implementation", "fpdt"]
-    result = launch(config, words, tmp_path / "out", backend=None)
-    size = 2 if groups else 1
-    want = reference(checkpoints / family, groups=groups or 2, accumulation=accumulation, size=size)
-    check(tmp_path / "out", result, *want, size=size)
+@pytest.mark.parametrize(("engine", "family", "accumulation", "groups", "size"), CASES)
+def test_trains_as_one_process(engine, family, accumulation, groups, size, checkpoints, tmp_path):
+    words = ["--model", str(checkpoints / family), "--gradient_accumulation_steps", str(accumulation)]
+    words += ["--attn_implementation", "fpdt"] if size == 1 else []
+    # Without ZeRO DeepSpeed does not tell the norm. What is clipped has one size whatever it had before: this must not be.
+    clip = 1e3 if engine == "zero0" else CLIP
+    if engine.startswith("zero"):
+        result = launch(zero(int(engine[-1]), tmp_path, groups, size), [*RUN, *words], tmp_path / "out", clip=clip)
+    else:
+        result = launch(of_gpus(engine, tmp_path, groups, size), [*ON_CPU, *words], tmp_path / "out", backend=None)
+    want = reference(checkpoints / family, groups=groups, accumulation=accumulation, size=size, clip=clip)
+    check(tmp_path / "out", result, *want, norms=engine != "zero0", size=size)
     weights = json.loads((tmp_path / "out" / "log.json").read_text())[-1]["weights"]
-    assert weights == {"ddp": "Tensor", "fsdp2": "DTensor"}[engine]
+    assert (weights == "DTensor") == (engine == "fsdp2")
+
+
+def test_the_documentation_has_these_cases():
+    text, models = (ROOT / "docs" / "launching.md").read_text(), {"llama": "Llama", "neox": "GPT-NeoX"}
+    names = {"zero0": "ZeRO-0", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2", "ddp": "DDP"}
+    rows = [f"| {names[case[0]]} | {models[case[1]]} | {case[4]} | {case[3]} | {case[2]} |" for case in CASES]
+    assert "\n".join(rows) in text, "\n".join(rows)
 
 
 def test_fsdp2_gathers_a_layer_once_a_pass(checkpoints, tmp_path):
     """Two layers and the rest, each in both passes of three steps and in the end, in one chunk or in five."""
-    config, words = of_gpus("fpdt_fsdp2_2gpu", tmp_path, groups=1), [*ON_CPU, "--model", str(checkpoints / "llama")]
+    config, words = of_gpus("fsdp2", tmp_path, groups=1, size=2), [*ON_CPU, "--model", str(checkpoints / "llama")]
     counts = []
     for chunk_size in (46, 10):
         result = launch(config, words, tmp_path / "out", backend=None, chunk_size=chunk_size)
@@ -175,7 +166,7 @@ def test_fsdp2_gathers_a_layer_once_a_pass(checkpoints, tmp_path):
 
 
 def test_fsdp2_resumes_in_the_middle_of_an_epoch(checkpoints, tmp_path):
-    config = of_gpus("fpdt_fsdp2_2gpu", tmp_path, groups=1)
+    config = of_gpus("fsdp2", tmp_path, groups=1, size=2)
     words = [*ON_CPU, "--model", str(checkpoints / "llama"), "--save_strategy", "steps", "--save_steps", "1"]
     runs = []
     for name, more in (("out", []), ("again", ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")])):
@@ -189,16 +180,6 @@ def test_fsdp2_resumes_in_the_middle_of_an_epoch(checkpoints, tmp_path):
     assert len(log) == STEPS
     for name, want in weights.items():
         assert torch.equal(weights_again[name], want), name
-
-
-def test_without_groups(checkpoints, tmp_path):
-    """A streamed model under ZeRO-3, whole sequences on each of two processes."""
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml").read_text())
-    del config["parallelism_config"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    words = [*RUN, "--model", str(checkpoints / "llama"), "--attn_implementation", "fpdt"]
-    result = launch(tmp_path / "config.yaml", words, tmp_path / "out")
-    check(tmp_path / "out", result, *reference(checkpoints / "llama", groups=2, size=1), size=1)
 
 
 def test_processes_that_do_not_know_of_each_other(checkpoints, tmp_path):
@@ -258,7 +239,7 @@ def test_evaluation_and_prediction(engine, checkpoints, tmp_path):
     if engine == "zero3":
         result = launch(ROOT / "accelerate_configs" / "fpdt_zero3_2cpu.yaml", [*RUN, *words], tmp_path / "out")
     else:
-        result = launch(of_gpus("fpdt_fsdp2_2gpu", tmp_path, 1), [*ON_CPU, *words], tmp_path / "out", backend=None)
+        result = launch(of_gpus("fsdp2", tmp_path, groups=1, size=2), [*ON_CPU, *words], tmp_path / "out", backend=None)
     assert result.returncode == 0, result.stderr[-6000:]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager").eval()
     samples = [
@@ -319,7 +300,7 @@ def test_a_loop_of_ones_own_and_its_collectives(checkpoints, tmp_path):
         command += ["tests/launched/loop.py", str(checkpoints / "llama"), str(folder / "found.json")]
         command += ["10"] if chunk_size == 10 else []
         variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | variables, cwd=ROOT)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT | variables, cwd=ROOT)
         assert result.returncode == 0, result.stderr[-3000:]
         found.append(json.loads((folder / "found.json").read_text()))
     one, five = (run["collectives"] for run in found)
