@@ -7,6 +7,7 @@ and adds a callback to Trainer that reads the settings once the Accelerator exis
 """
 
 import os
+import sys
 from functools import partial
 from typing import Any
 
@@ -77,8 +78,19 @@ def share_sequences(model: nn.Module, sp_size: int):
     config = _set_up(model, accelerator, group)
     _Loader.chunk_size = config.chunk_size
     loss = partial(sequence_parallel_loss, sp_group=group, gradient_factor=gradient_factor(accelerator, sp_size))
-    transformers.trainer.deepspeed_sp_compute_loss = loss
+    transformers.trainer.deepspeed_sp_compute_loss = partial(_loss_of_trainer, loss)
     return groups
+
+
+def _loss_of_trainer(loss, *args: Any, **kwargs: Any):
+    """Trainer calls this in place of the loss function that it was given, and tells nobody: so look at the caller."""
+    caller = sys._getframe(1).f_locals.get("self")
+    if getattr(caller, "compute_loss_func", None) is not None:
+        raise ValueError(
+            "Trainer(compute_loss_func=...) with shared sequences: Trainer leaves it out, and computes the model's own loss. "
+            "Leave compute_loss_func out, or set parallelism_config_sp_size to 1."
+        )
+    return loss(*args, **kwargs)
 
 
 def _set_up(model: nn.Module, accelerator: AcceleratorState, group: dist.ProcessGroup | None) -> FPDTConfig:

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from reference import make_model, tiny_llama
 
 import hf_fpdt
+from hf_fpdt.accelerate_wiring import _loss_of_trainer
 from hf_fpdt.engines import check_shares_sequences, gradient_factor
 
 
@@ -68,3 +69,16 @@ def test_a_loop_that_was_not_prepared(monkeypatch):
     with pytest.raises(ValueError, match="sp_size=2, and this model was not prepared for it"):
         model(input_ids=ids, labels=ids)
     model.eval()(input_ids=ids, labels=ids)  # evaluation takes whole sequences
+
+
+def test_a_loss_function_that_trainer_leaves_out():
+    class Trainer:
+        def __init__(self, compute_loss_func):
+            self.compute_loss_func = compute_loss_func
+
+        def compute_loss(self):
+            return _loss_of_trainer(lambda *args: args, 1, 2)
+
+    assert Trainer(None).compute_loss() == (1, 2)
+    with pytest.raises(ValueError, match="Trainer leaves it out"):
+        Trainer(len).compute_loss()

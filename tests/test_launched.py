@@ -29,6 +29,7 @@ CASES = [
     ("zero0", "llama", 1, 1, 2), ("zero1", "llama", 1, 1, 2), ("zero2", "neox", 2, 1, 2), ("zero3", "llama", 2, 1, 2),
     ("zero3", "neox", 1, 1, 2), ("zero3", "llama", 1, 2, 2), ("zero3", "llama", 1, 1, 4), ("zero3", "llama", 1, 2, 1),
     ("fsdp2", "llama", 2, 1, 2), ("fsdp2", "neox", 1, 1, 2), ("fsdp2", "llama", 1, 2, 1),
+    ("native", "llama", 1, 1, 2), ("native", "neox", 1, 2, 1),
     ("ddp", "llama", 2, 1, 2), ("ddp", "neox", 1, 1, 2), ("ddp", "llama", 1, 2, 2), ("ddp", "neox", 2, 2, 1),
 ]  # fmt: skip
 FAMILIES = {"llama": tiny_llama, "neox": tiny_neox}
@@ -115,8 +116,9 @@ def zero(stage: int, folder: Path, groups: int, size: int) -> Path:
 
 
 def of_gpus(engine: str, folder: Path, groups: int, size: int) -> Path:
-    """The configuration of FSDP2 or DDP for two GPUs, on CPUs."""
-    config = yaml.safe_load((ROOT / "accelerate_configs" / f"fpdt_{engine}_2gpu.yaml").read_text())
+    """The configuration of FSDP2 or DDP for two GPUs, on CPUs. transformers' own FSDP2 needs none but that of DDP."""
+    name = "ddp" if engine == "native" else engine
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"fpdt_{name}_2gpu.yaml").read_text())
     config |= {"mixed_precision": "no", "num_processes": groups * size}
     return _written(config, folder, {"sp_size": size} if size > 1 else None)
 
@@ -134,6 +136,7 @@ def _written(config: dict, folder: Path, parallelism: dict | None) -> Path:
 def test_trains_as_one_process(engine, family, accumulation, groups, size, checkpoints, tmp_path):
     words = ["--model", str(checkpoints / family), "--gradient_accumulation_steps", str(accumulation)]
     words += ["--attn_implementation", "fpdt"] if size == 1 else []
+    words += ["--fsdp_size", str(groups * size)] if engine == "native" else []
     # Without ZeRO DeepSpeed does not tell the norm. What is clipped has one size whatever it had before: this must not be.
     clip = 1e3 if engine == "zero0" else CLIP
     if engine.startswith("zero"):
@@ -143,12 +146,13 @@ def test_trains_as_one_process(engine, family, accumulation, groups, size, check
     want = reference(checkpoints / family, groups=groups, accumulation=accumulation, size=size, clip=clip)
     check(tmp_path / "out", result, *want, norms=engine != "zero0", size=size)
     weights = json.loads((tmp_path / "out" / "log.json").read_text())[-1]["weights"]
-    assert (weights == "DTensor") == (engine == "fsdp2")
+    assert (weights == "DTensor") == (engine in ("fsdp2", "native"))
 
 
 def test_the_documentation_has_these_cases():
     text, models = (ROOT / "docs" / "launching.md").read_text(), {"llama": "Llama", "neox": "GPT-NeoX"}
-    names = {"zero0": "ZeRO-0", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2", "ddp": "DDP"}
+    names = {f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)}
+    names |= {"fsdp2": "FSDP2", "native": "FSDP2 of transformers", "ddp": "DDP"}
     rows = [f"| {names[case[0]]} | {models[case[1]]} | {case[4]} | {case[3]} | {case[2]} |" for case in CASES]
     assert "\n".join(rows) in text, "\n".join(rows)
 

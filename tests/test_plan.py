@@ -437,7 +437,7 @@ def test_plan_of_a_model_without_memory():
     assert plan.peaks.device <= 80 << 30
     assert model.config._attn_implementation == "sdpa"
     table = str(plan)
-    assert table.startswith("hf_fpdt: 1 x 1048576 tokens in 64 chunks of 16384, K and V resident")
+    assert table.startswith("hf_fpdt: 1 x 1048576 tokens in 32 chunks of 32768, K and V resident")
     assert "predicted peak" in table
     with pytest.raises(ValueError, match="there is no GPU to ask"):
         hf_fpdt.plan(model, seq_len=1024)

@@ -18,6 +18,7 @@ class Arguments:
     attn_implementation: str | None = None
     num_samples: int = 8
     seq_len: int = 46
+    fsdp_size: int = field(default=0, metadata={"help": "Processes over which transformers itself shards the weights."})
 
 
 class Tokens(Dataset):
@@ -48,18 +49,24 @@ def hits(predictions) -> dict[str, int]:
 
 def main():
     training, arguments = HfArgumentParser((TrainingArguments, Arguments)).parse_args_into_dataclasses()
+    more = {}
+    if arguments.fsdp_size:
+        from transformers.distributed import DistributedConfig
+
+        more = {"distributed_config": DistributedConfig(fsdp_size=arguments.fsdp_size)}
     model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation
+        arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation, **more
     )
     dataset = Tokens(arguments.num_samples, arguments.seq_len, AutoConfig.from_pretrained(arguments.model).vocab_size)
     seen = {}
 
     def look(module, args, kwargs):
-        seen.update(tokens=kwargs["input_ids"].shape[1], weights=type(next(module.parameters()).data).__name__)
+        seen["tokens"] = kwargs["input_ids"].shape[1]
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     trainer = Trainer(model, training, train_dataset=dataset, eval_dataset=dataset, compute_metrics=hits)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    seen["weights"] = type(next(trainer.model.parameters()).data).__name__
     if training.do_predict:
         trainer.evaluate()
         seen["predicted"] = trainer.predict(dataset).metrics
