@@ -135,10 +135,12 @@ class MemoryModel:
         self.model, self.seq_len, self.chunk, self.stream_kv = model, seq_len, chunk, stream_kv
         self._tokens, self._chunk_tokens = batch * seq_len, batch * chunk
         self.num_chunks = -(-seq_len // chunk)
-        self._bytes = {}
-        for layer in model.layers:
-            workspace = layer.workspace(chunk, seq_len, chunk if stream_kv else seq_len)
-            self._bytes[id(layer)] = _ChunkBytes(layer, chunk, workspace + self._blocks(layer))
+        block = chunk if stream_kv else seq_len
+        distinct = {id(layer): layer for layer in model.layers}
+        self._bytes = {
+            key: _ChunkBytes(layer, chunk, layer.workspace(chunk, seq_len, block) + self._blocks(layer))
+            for key, layer in distinct.items()
+        }
 
     def peaks(self, placements: Sequence[LayerPlacement], *, reserve: int = 0, grads_held: bool = False) -> Peaks:
         """
