@@ -14,7 +14,7 @@ class FPDTConfig:
         chunk_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Global tokens of one sequence that one pipeline step handles, at least 1. Any length works: the last chunk may
             be shorter, and a chunk longer than the sequence means one chunk. `"auto"` cuts the sequence into equal chunks
-            of about 16,384 tokens (batch included; twice as many from 524,288 on) on a GPU and 2,048 on a CPU.
+            of about 16,384 tokens (batch included) on a GPU and 2,048 on a CPU; of twice as many from 32 such chunks on.
         kernel (`str`, *optional*, defaults to `"auto"`):
             Attention kernel: one of `"flash_attention_4"`, `"flash_attention_2"`, `"cudnn"`, `"torch_flash"`,
             `"torch_efficient"`, `"torch_cpu"`, `"naive"`. `"auto"` checks the installed ones numerically, once, and takes
