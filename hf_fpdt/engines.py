@@ -36,14 +36,20 @@ def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
             f"sp_size={sp_size} with distributed_type {kind.value}: sequences are shared under DeepSpeed, FSDP2 and DDP. "
             "Launch with one of accelerate_configs/, or set parallelism_config_sp_size to 1."
         )
-    groups = state.num_processes // sp_size
-    if kind == DistributedType.DEEPSPEED and state.num_processes % sp_size == 0:  # the others do not read it
-        named = state.parallelism_config.data_parallel_size
-        if named != groups:
-            raise ValueError(
-                f"{state.num_processes} processes in groups of sp_size={sp_size} are {groups} groups, and the launch "
-                f"configuration says {named}: set parallelism_config_dp_replicate_size to {groups}."
-            )
+    parallelism, processes = state.parallelism_config, state.num_processes
+    groups = processes // sp_size
+    if kind == DistributedType.DEEPSPEED and processes % sp_size == 0 and parallelism.data_parallel_size != groups:
+        raise ValueError(
+            f"{processes} processes in groups of sp_size={sp_size} are {groups} groups, and the launch configuration says "
+            f"{parallelism.data_parallel_size}: set parallelism_config_dp_replicate_size to {groups}."
+        )
+    shards = (parallelism.dp_replicate_size, parallelism.dp_shard_size)
+    if kind == DistributedType.FSDP and shards != (1, processes):  # accelerate makes no mesh: FSDP2 takes all processes
+        raise ValueError(
+            f"sp_size={sp_size} with FSDP2, dp_replicate_size={shards[0]} and dp_shard_size={shards[1]}: weights are "
+            f"sharded over all processes. Set parallelism_config_dp_shard_size to {processes} and leave "
+            "parallelism_config_dp_replicate_size out."
+        )
 
 
 def check_is_shared(group: dist.ProcessGroup | None) -> None:

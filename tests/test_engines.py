@@ -14,12 +14,12 @@ from hf_fpdt.accelerate_wiring import _loss_of_trainer
 from hf_fpdt.engines import check_shares_sequences, gradient_factor
 
 
-def state(kind: DistributedType, fsdp_version: int = 2, groups: int = 2, **zero):
+def state(kind: DistributedType, fsdp_version: int = 2, groups: int = 2, shards: int = 1, **zero):
     """Of 8 processes."""
     return SimpleNamespace(
         distributed_type=kind,
         num_processes=8,
-        parallelism_config=ParallelismConfig(sp_size=4, dp_replicate_size=groups),
+        parallelism_config=ParallelismConfig(sp_size=4, dp_replicate_size=groups, dp_shard_size=shards),
         deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": zero} if zero else {}),
         fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version),
     )
@@ -33,7 +33,7 @@ def state(kind: DistributedType, fsdp_version: int = 2, groups: int = 2, **zero)
         (state(DistributedType.DEEPSPEED, stage=2), 1),
         (state(DistributedType.DEEPSPEED, stage=3), 4),
         (state(DistributedType.DEEPSPEED, stage=3, reduce_scatter=False), 1),
-        (state(DistributedType.FSDP), 4),
+        (state(DistributedType.FSDP, groups=1, shards=8), 4),
         (state(DistributedType.MULTI_GPU), 4),
     ],
 )
@@ -49,6 +49,10 @@ def test_gradient_factor(engine, want):
         (state(DistributedType.FSDP, fsdp_version=1), r"sp_size=4 with FSDP1: use FSDP2 \(fsdp_config: fsdp_version: 2\)"),
         (state(DistributedType.MEGATRON_LM), "sp_size=4 with distributed_type MEGATRON_LM: .* DeepSpeed, FSDP2 and DDP"),
         (state(DistributedType.NO), "sp_size=4 with distributed_type NO"),
+        (
+            state(DistributedType.FSDP, groups=2, shards=4),
+            "dp_replicate_size=2 and dp_shard_size=4: .* Set parallelism_config_dp_shard_size to 8",
+        ),
         (
             state(DistributedType.DEEPSPEED, groups=1),
             "8 processes in groups of sp_size=4 are 2 groups, .* says 1: set parallelism_config_dp_replicate_size to 2",

@@ -120,7 +120,8 @@ def of_gpus(engine: str, folder: Path, groups: int, size: int) -> Path:
     name = "ddp" if engine == "native" else engine
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"fpdt_{name}_2gpu.yaml").read_text())
     config |= {"mixed_precision": "no", "num_processes": groups * size}
-    return _written(config, folder, {"sp_size": size} if size > 1 else None)
+    shards = {"dp_shard_size": groups * size} if engine == "fsdp2" else {}
+    return _written(config, folder, {"sp_size": size, **shards} if size > 1 else None)
 
 
 def _written(config: dict, folder: Path, parallelism: dict | None) -> Path:
