@@ -82,8 +82,8 @@ class ResidentStore:
 class StreamedStore:
     """K and V in blocks on the host, one a chunk; the device holds the block in use and the next."""
 
-    def __init__(self, spans: Sequence[Span], keep: Keep):
-        self._spans, self._keep = spans, keep
+    def __init__(self, spans: Sequence[Span], keep: Keep, settle: Callable[[], None]):
+        self._spans, self._keep, self._settle = spans, keep, settle
         self._blocks: list[tuple] = []  # per chunk: kept K and V
         self._grads: dict[int, tuple] = {}  # per chunk: kept sums of grad_K and grad_V, once there are any
 
@@ -121,6 +121,7 @@ class StreamedStore:
             if block == index:
                 for kept in groups[block]:
                     kept.release()
+                self._settle()  # sums that are on their way, but for this, stay until something else is copied
                 return grad_query.to(query.dtype), *(total.to(key.dtype) for total in totals)
             self._replace_sums(block, totals)
 

@@ -17,6 +17,7 @@ from .head_exchange import HeadExchange, NoExchange
 from .kernel_choice import choose_kernel
 from .key_value_store import ResidentStore, StreamedStore
 from .memory_model import LayerPlacement
+from .places import Places
 from .run_state import autocast_dtype, no_autocast
 
 _active_chunk: ContextVar["Chunk | None"] = ContextVar("fpdt_active_chunk", default=None)
@@ -52,7 +53,7 @@ class LayerCall:
         kernel: kernel name as in `FPDTConfig`.
         placement: what is kept for the backward, and where.
         stream_kv: keep K and V in host memory also while the layer runs, and fetch them in blocks.
-        keep: `(tensor, place)` to what gives the tensor back, see `transfers.py`.
+        places: where tensors wait for the backward; None in a call that keeps nothing.
     """
 
     name: str
@@ -65,14 +66,16 @@ class LayerCall:
     kernel: str
     placement: LayerPlacement
     stream_kv: bool
-    keep: Callable[[Tensor, str], Any]
+    places: Places | None
 
     def keep_here(self, tensor: Tensor):
         """Puts a tensor where this call keeps what is needed later."""
-        return self.keep(tensor, self.placement.place)
+        return self.places.keep(tensor, self.placement.place)
 
     def new_store(self) -> ResidentStore | StreamedStore:
-        return (StreamedStore if self.stream_kv else ResidentStore)(self.store_spans, self.keep_here)
+        if self.stream_kv:
+            return StreamedStore(self.store_spans, self.keep_here, self.places.settle)
+        return ResidentStore(self.store_spans, self.keep_here)
 
 
 def run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "Chunk") -> Tensor:

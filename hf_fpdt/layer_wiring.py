@@ -50,7 +50,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         kernel=running.kernel,
         placement=running.next_placement(),
         stream_kv=running.stream_kv,
-        keep=running.keep,
+        places=running.places,
     )
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
     output = running.run(call, hidden, weights, kind=_kind(layer))

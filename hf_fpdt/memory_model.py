@@ -6,7 +6,7 @@ every layer from the last to the first, the embedding's backward. In each the mo
 keep on the device, what the phase needs for the whole sequence, and the intermediates of one chunk.
 
     forward of a layer    whole sequence: x, y, K, V, and the first layer's input, which transformers' model holds
-    final norm            whole sequence: the first layer's input, the last one's output, its own output, K and V on their way
+    final norm            whole sequence: the first layer's input, the last one's output, its own output; K and V on their way
     loss                  whole sequence: the last norm's output and its gradient, and its input unless that is kept elsewhere;
                           fp32 sums of the head's gradient
     backward of a layer   whole sequence: grad_y (grad_x takes its place), K, V and their fp32 gradients; fp32 sums of the
@@ -203,8 +203,11 @@ class MemoryModel:
         return (min(others + 1, 2) * layer.key_value + sums) * self._chunk_tokens
 
     def _norm(self, last_placement: LayerPlacement) -> float:
-        last, leaving = self.model.layers[-1], not self.stream_kv and last_placement.place != "device"
-        return (3 * last.hidden + leaving * last.key_value) * self._tokens
+        last, away = self.model.layers[-1], last_placement.place != "device"
+        whole = 3 * last.hidden + (away and not self.stream_kv) * last.key_value
+        # Its output of two chunks; what the last layer kept of the last one, on its way to the host.
+        chunk = 2 * last.hidden + away * (last.key_value + last.attention)
+        return whole * self._tokens + chunk * self._chunk_tokens
 
     def _loss(self, last_placement: LayerPlacement) -> float:
         last, loss = self.model.layers[-1], self.model.loss

@@ -150,7 +150,7 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
         run = partial(measure, forward, arguments, tokens.shape[1])
         plan = plan_of_call(model, layers, deferring_head(), tokens, config, run, layout, exchange)
         places = Places(config, tokens.device)
-        streamed = StreamedPass(plan, config.kernel, places.keep, exchange)
+        streamed = StreamedPass(plan, config.kernel, places, exchange)
         with running(streamed):
             output = forward(**arguments)
     if streamed.last_saved is not None:

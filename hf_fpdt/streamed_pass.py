@@ -1,6 +1,6 @@
 """One forward of a model whose layers stream: what its layers, masks and norms need to know of it, and of no other."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -12,6 +12,7 @@ from .layer_chunk import LayerCall, outside_of_chunks
 from .layer_footprint import footprint_of_layer
 from .layer_stream import SavedLayer, stream_layer
 from .memory_model import LayerFootprint, LayerPlacement
+from .places import Places
 from .step_plan import Plan
 
 _active_pass: ContextVar["StreamedPass | MeasuringPass | None"] = ContextVar("fpdt_active_pass", default=None)
@@ -23,15 +24,15 @@ class StreamedPass:
 
     Args:
         kernel: as in `FPDTConfig`.
-        keep: `(tensor, place)` to what gives the tensor back in the backward.
+        places: where tensors wait for the backward.
         exchange: between the processes that share the sequence.
 
     `seq_len` counts all tokens of a sequence, `local_len` those that this process has; `spans` and `store_spans` are chunks of
     the latter and the former.
     """
 
-    def __init__(self, plan: Plan, kernel: str, keep: Callable, exchange: NoExchange | HeadExchange):
-        self.plan, self.kernel, self.keep, self.exchange = plan, kernel, keep, exchange
+    def __init__(self, plan: Plan, kernel: str, places: Places, exchange: NoExchange | HeadExchange):
+        self.plan, self.kernel, self.places, self.exchange = plan, kernel, places, exchange
         self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
         self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
         self.last_saved: SavedLayer | None = None
@@ -45,7 +46,7 @@ class StreamedPass:
 
     def keep_last(self, tensor: Tensor):
         """Keeps what comes after the last layer, where that layer keeps its own."""
-        return self.keep(tensor, self.plan.placements[-1].place)
+        return self.places.keep(tensor, self.plan.placements[-1].place)
 
     def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
         y, self.last_saved = stream_layer(call, x, weights, self.last_saved)
@@ -55,7 +56,7 @@ class StreamedPass:
 class MeasuringPass:
     """A forward of a few tokens that runs no layer, but takes the footprint of each kind of layer; in order in `layers`."""
 
-    stream_kv = False
+    stream_kv, places = False, None
 
     def __init__(self, local_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
         self.local_len, self.seq_len = local_len, local_len * exchange.size
@@ -65,10 +66,8 @@ class MeasuringPass:
         self.argument_bytes = 0.0
         self._known: dict[Hashable, LayerFootprint] = {}
 
-    def keep(self, tensor: Tensor, place: str = ""):
+    def keep_last(self, tensor: Tensor):
         raise AssertionError("nothing is kept while a model is measured")
-
-    keep_last = keep
 
     def next_placement(self) -> LayerPlacement:
         return LayerPlacement("attention", "device")
