@@ -21,7 +21,7 @@ from .footprint import Footprint
 
 ATTENTION_BACKWARD, FORWARD_DONE = "attention_backward", "forward_done"
 _INDEX_BYTES = 40  # a token: ids, labels, positions, in int64
-_PENDING_SUMS = 1  # blocks of gradient sums on their way to the host when K and V are streamed
+_PENDING_SUMS = 2  # blocks of gradient sums on their way to the host when K and V are streamed, see `Transfers.max_pending`
 
 
 @dataclass(frozen=True)
