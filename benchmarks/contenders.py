@@ -39,12 +39,13 @@ def prepare(name: str, lora: int = 0) -> None:
         import peft  # noqa: F401
 
 
-def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora: int = 0):
+def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora: int = 0, documents: int = 1):
     """
     The model and its step for a contender's name, after `prepare`.
 
     Args:
         lora: rank of adapters on the four projections of attention, everything else frozen; 0 trains all weights.
+        documents: of equal length in a row, told by positions that start anew.
     """
     model = _model(config, "fpdt" if name.startswith("fpdt") else "sdpa", device)
     if lora:
@@ -53,14 +54,16 @@ def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora:
         import hf_fpdt
 
         hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**fpdt_settings))
-        return model, partial(_step, model, contextlib.nullcontext)
+        return model, partial(_step, model, contextlib.nullcontext, documents)
     model.gradient_checkpointing_enable({"use_reentrant": name == "alst"})
     if name == "sdpa":
-        return model, partial(_step, model, contextlib.nullcontext)
+        return model, partial(_step, model, contextlib.nullcontext, documents)
     if name == "alst" and lora:
         model.enable_input_require_grads()  # reentrant checkpoints have no gradients otherwise
     cudnn = partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION])
-    return model, partial(_tiled_step if name == "alst" else _step, model, cudnn)
+    if name == "alst":
+        return model, partial(_tiled_step, model, cudnn)
+    return model, partial(_step, model, cudnn, documents)
 
 
 def _model(config, attn_implementation: str, device: str):
@@ -79,9 +82,16 @@ def _add_adapters(model, rank: int) -> None:
     get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), autocast_adapter_dtype=False)
 
 
-def _step(model, context, ids):
+def _step(model, context, documents, ids):
+    packed = {}
+    if documents > 1:
+        positions = torch.arange(ids.shape[1] // documents, device=ids.device).repeat(documents)
+        packed = {
+            "position_ids": positions[None],
+            "use_cache": False,
+        }  # with a cache transformers lets documents see each other
     with context():
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, **packed).loss
         loss.backward()
     return loss.detach()
 

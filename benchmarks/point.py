@@ -37,6 +37,7 @@ class Spec:
     fpdt: dict = field(default_factory=dict)
     optimizer: str = "none"
     lora: int = 0
+    documents: int = 1
     ballast_layers: int = 0
     ballast_gpu_gib: float = 0.0
     ballast_host_gib: float = 0.0
@@ -52,6 +53,11 @@ class Spec:
             raise ValueError(f"got {self.row()}, repeats {self.repeats}: one layer, no repeat and two tokens are the least.")
         if min(self.lora, self.ballast_layers, self.ballast_gpu_gib, self.ballast_host_gib) < 0:
             raise ValueError("--lora, --ballast-layers, --ballast-gpu-gib and --ballast-host-gib must not be negative.")
+        if self.documents < 1 or self.seq_len % self.documents or (self.documents > 1 and self.contender == "alst"):
+            raise ValueError(
+                f"--documents {self.documents} with {self.contender} and {self.seq_len} tokens: a row is cut into equal "
+                "documents, at least one; alst keeps no documents apart."
+            )
         if self.ballast_host_gib and not self.contender.startswith("fpdt"):
             raise ValueError(
                 f"--ballast-host-gib with {self.contender}: only hf_fpdt locks host memory; name fpdt contenders only."
@@ -60,6 +66,7 @@ class Spec:
     def row(self) -> dict:
         """The part of a row that is known before the point runs."""
         row = {name: getattr(self, name) for name in ("contender", "seq_len", "layers", "shape", "optimizer", "lora")}
+        row |= {"documents": self.documents} if self.documents > 1 else {}
         return row | ({"fpdt": self.fpdt} if self.contender.startswith("fpdt") else {})
 
 
@@ -93,7 +100,8 @@ def measure(spec: Spec) -> dict:
     from .shapes import llama_config, step_flops
 
     config = llama_config(spec.shape, spec.layers)
-    model, forward_backward = build(spec.contender, config, spec.fpdt, device=spec.device, lora=spec.lora)
+    kind = {"device": spec.device, "lora": spec.lora, "documents": spec.documents}
+    model, forward_backward = build(spec.contender, config, spec.fpdt, **kind)
     fills = (spec.ballast_gpu_gib, spec.ballast_host_gib)
     held = hold(model, spec.ballast_layers, spec.optimizer == "adamw", *fills)
     generator = torch.Generator(device=spec.device).manual_seed(1)
@@ -110,7 +118,7 @@ def measure(spec: Spec) -> dict:
     row = {"first_step_s": first_step_s, "step_s": median, "all_steps_s": seconds}
     row |= {"loss": losses[-1], "losses": losses, "tokens_per_s": spec.seq_len / median}
     row |= _memory(spec, model, optimizer, held) | _predicted(model)
-    row |= _speed(spec, step_flops(config, spec.seq_len, frozen=spec.lora > 0) / median)
+    row |= _speed(spec, step_flops(config, spec.seq_len, frozen=spec.lora > 0, documents=spec.documents) / median)
     if spec.contender.startswith("fpdt"):
         row["kernel"] = _kernel(spec, config.head_dim)
     if spec.ballast_layers or any(fills):

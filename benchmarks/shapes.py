@@ -58,7 +58,7 @@ def llama_config(shape: str, num_layers: int) -> "LlamaConfig":
     )
 
 
-def step_flops(config: "LlamaConfig", seq_len: int, frozen: bool = False) -> float:
+def step_flops(config: "LlamaConfig", seq_len: int, frozen: bool = False, documents: int = 1) -> float:
     """
     Operations of one forward and backward over a sequence: 6 for each matrix weight and token (2 for the output, 2 for the
     gradient of the input, 2 for that of the weight), and 3 * 2 * seq_len^2 * heads * head_dim a layer for causal attention
@@ -66,10 +66,11 @@ def step_flops(config: "LlamaConfig", seq_len: int, frozen: bool = False) -> flo
 
     Args:
         frozen: the weights of the model get no gradient, which leaves 4; the adapters that are trained instead are not counted.
+        documents: so many of equal length, that do not see each other.
     """
     query_dim = config.num_attention_heads * config.head_dim
     kv_dim = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * query_dim + 2 * kv_dim + 3 * config.intermediate_size)
     dense = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
-    attention = config.num_hidden_layers * 3 * 2 * seq_len**2 * query_dim
+    attention = config.num_hidden_layers * 3 * 2 * seq_len**2 // documents * query_dim
     return (4 if frozen else 6) * dense * seq_len + attention

@@ -46,6 +46,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: only that one")
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
     parser.add_argument("--optimizer", choices=("none", "adamw"), default="none", help="adamw: fused, its step is timed too")
+    parser.add_argument("--documents", type=int, default=1, metavar="N", help="so many of equal length packed in every row")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on q, k, v and o; the rest is frozen")
     parser.add_argument("--ballast-layers", type=int, default=0, help="hold weights, gradients and states of so many more")
     parser.add_argument("--ballast-gpu-gib", type=float, default=0.0, help="hold more on the GPU: what those layers keep there")
@@ -61,7 +62,17 @@ def specs_of(args) -> list[Spec]:
     """The points of a command, in order."""
     settings = json.loads(args.fpdt)
     several = settings if isinstance(settings, list) else [settings]
-    names = ("shape", "layers", "repeats", "optimizer", "lora", "ballast_layers", "ballast_gpu_gib", "ballast_host_gib")
+    names = (
+        "shape",
+        "layers",
+        "repeats",
+        "optimizer",
+        "lora",
+        "documents",
+        "ballast_layers",
+        "ballast_gpu_gib",
+        "ballast_host_gib",
+    )
     common = {name: getattr(args, name) for name in (*names, "grad_norms", "device")}
     return [
         Spec(contender=contender, seq_len=int(seq_len), fpdt=fpdt, **common)

@@ -1,18 +1,111 @@
 """
-Causal attention of one chunk of queries over every key up to its own end: the inner step of the pipeline.
+Causal attention of one chunk of queries over every key up to its own end, document by document: the inner step of the pipeline.
 
 The keys are `[earlier chunks | this chunk]`. A kernel that aligns causality with the last key takes them in one call; another
 one takes the rectangle of earlier keys (all visible) and the square diagonal block (causal) in two, merged by their lse.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from .attention_kernels import AttentionKernel
+from .documents import Document, Segment
 from .online_softmax import merge_attention
 
 # Keys of one backward call. A kernel returns grad_key and grad_value of all its keys, and may hold fp32 sums of them as well:
 # 12 KiB a key for 8 heads of 128. Longer prefixes are cut, so that this does not grow with the sequence.
 MAX_BACKWARD_KEYS = 65536
+
+
+def attend_segments(
+    kernel: AttentionKernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    chunk: Document,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        query: `[batch, chunk, heads, head_dim]`.
+        key, value: `[batch, keys, kv_heads, head_dim | value_dim]`, every position from 0, at least to the end of the chunk.
+        segments: of the chunk. Queries in none see nothing: their out is 0.
+        chunk: the positions of the queries.
+        scale: factor on the scores before the softmax.
+
+    Returns:
+        `out [batch, chunk, heads, value_dim]` and `lse [batch, heads, chunk]`.
+    """
+    pieces, whole = [], (0, key.shape[1])
+    for segment in segments:
+        keys = segment.keys(whole)
+        pieces.append(attend_prefix(kernel, query[segment.queries(chunk)], key[keys], value[keys], scale))
+    return join_segments(pieces, segments, chunk, query, value.shape[-1])
+
+
+def attend_segments_backward(
+    kernel: AttentionKernel,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Sequence[Segment],
+    chunk: Document,
+    scale: float,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> Tensor:
+    """
+    Gradient of `attend_segments`. Adds to `grad_key` and `grad_value`, both fp32 (fp64) and shaped like `key` and `value`.
+
+    Returns:
+        `grad_query`, shaped like `query`.
+    """
+    pieces, whole = [], (0, key.shape[1])
+    for segment in segments:
+        keys = segment.keys(whole)
+        part_grad, part, part_out, part_lse = query_parts(segment, chunk, grad_out, query, out, lse)
+        some = (key[keys], value[keys], part_out, part_lse, scale, grad_key[keys], grad_value[keys])
+        pieces.append(attend_prefix_backward(kernel, part_grad, part, *some))
+    return join_queries(pieces, segments, chunk, query)
+
+
+def query_parts(
+    segment: Segment, chunk: Document, grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    """`grad_out, query, out, lse` of a segment's queries."""
+    rows, queries = at = segment.queries(chunk)
+    return grad_out[at], query[at], out[at], lse[rows, :, queries].contiguous()
+
+
+def join_segments(
+    pieces: Sequence[tuple[Tensor, Tensor]], segments: Sequence[Segment], chunk: Document, query: Tensor, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of a chunk, from those of its segments; where there is none out is 0, and so is lse, which nobody reads."""
+    if len(pieces) == 1 and pieces[0][0].shape[:2] == query.shape[:2]:
+        return pieces[0]
+    batch, queries, heads, _ = query.shape
+    out = query.new_zeros(batch, queries, heads, value_dim)
+    lse = query.new_zeros(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
+    for segment, (piece_out, piece_lse) in zip(segments, pieces, strict=True):
+        rows, at = segment.queries(chunk)
+        out[rows, at], lse[rows, :, at] = piece_out, piece_lse
+    return out, lse
+
+
+def join_queries(pieces: Sequence[Tensor], segments: Sequence[Segment], chunk: Document, query: Tensor) -> Tensor:
+    """The gradient of a chunk's queries in their dtype, from those of its segments; 0 where there is none."""
+    if len(pieces) == 1 and pieces[0].shape == query.shape:
+        return pieces[0].to(query.dtype)
+    grad_query = torch.zeros_like(query)
+    for segment, piece in zip(segments, pieces, strict=True):
+        grad_query[segment.queries(chunk)] = piece
+    return grad_query
 
 
 def attend_prefix(kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, scale: float):

@@ -2,14 +2,17 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .documents import Documents, documents_of
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor, *, sharded: bool = False) -> None:
+def check_streamable(
+    model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor, *, sharded: bool = False
+) -> Documents | None:
     """
     Args:
         model: the model that owns the decoder layers.
@@ -17,8 +20,12 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
         tokens: its `input_ids` or `inputs_embeds`, `[batch, seq_len, ...]`.
         sharded: whether these are part of a sequence, whose positions have gaps.
 
+    Returns:
+        The documents that padding and packing make of the rows, None if every row is one.
+
     Raises:
-        ValueError: for inputs without tokens, padding, packed documents, attention outputs, `nn.DataParallel`.
+        ValueError: for inputs without tokens, prepared masks, attention outputs, `nn.DataParallel`, and in a sequence-parallel
+            group for padding and packed documents.
     """
     name = type(model).__name__
     weight = next(model.parameters(), None)
@@ -38,49 +45,21 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
             f"{name}: input of shape {list(tokens.shape)} has no tokens; it needs at least one row, and one token a row. Leave "
             "empty batches out."
         )
-    _check_mask(name, arguments.get("attention_mask"), tokens)
-    if not sharded:
-        _check_positions(name, arguments.get("position_ids"))
-    for packing in PACKING:
-        if arguments.get(packing) is not None:
-            raise ValueError(
-                f'{name}: {packing} was given, which asks for packed documents; attn_implementation="fpdt" does not keep '
-                "documents apart yet. Use one document a row (packing=False)."
-            )
-
-
-def _check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
-    if mask is None:
-        return
-    if not torch.is_tensor(mask) or mask.ndim != 2:
-        shape = list(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
-        raise ValueError(
-            f'{name}: attention_mask of shape {shape} was given; attn_implementation="fpdt" takes no prepared mask, only '
-            f"causal attention over [batch, seq_len] = {list(tokens.shape[:2])}. Leave attention_mask out."
-        )
-    padded = int((mask == 0).sum())
-    if padded:
-        raise ValueError(
-            f'{name}: attention_mask marks {padded} of {mask.numel()} positions as padding; attn_implementation="fpdt" does '
-            "not support padding yet. Use sequences of one length (group or cut them; per_device_train_batch_size=1 needs no "
-            "padding), or right-pad, give the padding labels of -100 and leave attention_mask out, which under causal "
-            "attention is the same."
-        )
-
-
-def _check_positions(name: str, positions: Tensor | None) -> None:
-    if positions is None:
-        return
-    if positions.ndim > 2:
+    batch_size, seq_len = tokens.shape[:2]
+    positions = arguments.get("position_ids")
+    if positions is not None and positions.ndim > 2:
         raise ValueError(
             f"{name}: position_ids of shape {list(positions.shape)} were given (several positions a token, as for images); "
             'attn_implementation="fpdt" takes [batch, seq_len]. Use attn_implementation="sdpa" for this model.'
         )
-    steps = positions.diff(dim=-1)
-    breaks = int((steps != 1).sum())
-    if breaks:
+    if not sharded:
+        return documents_of(name, arguments, batch_size, seq_len)
+    given = {key: value for key, value in arguments.items() if key in ("attention_mask", *PACKING)}
+    if documents_of(name, given, batch_size, seq_len) is not None:
+        asking = " and ".join(key for key, value in given.items() if value is not None)
         raise ValueError(
-            f"{name}: position_ids restart or jump {breaks} times, which asks for packed documents; "
-            'attn_implementation="fpdt" does not keep documents apart yet. Use one document a row (packing=False), or leave '
-            "position_ids out."
+            f"{name}: {asking} asks for padding or packed documents in a sequence-parallel group, which is not supported yet. "
+            "Use one document a row and no padding (packing=False; ShardedDataLoader turns padding on the right into labels of "
+            "-100), or sp_size=1."
         )
+    return None

@@ -9,6 +9,8 @@ chunk first, `attend_backward` (and `attend` again if attention was not saved), 
     streamed   one block a chunk, on the host from the moment it is complete. Attention of chunk i fetches blocks 0..i, each
                while the one before it is computed, and merges them by their lse. In the backward the fp32 sums of grad_K and
                grad_V make the same round trip. O(chunk) on the device; O(seq_len^2 / chunk) over the link.
+
+Queries see the keys of their own document. Blocks in which no query of a chunk sees one are neither fetched nor multiplied.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .attention_kernels import AttentionKernel
-from .causal_attention import attend_prefix, attend_prefix_backward
+from .causal_attention import attend_segments, attend_segments_backward, join_queries, join_segments, query_parts
+from .documents import Segment
 from .online_softmax import merge_attention
 from .transfers import HostCopy, KeptTensor
 
@@ -26,10 +29,15 @@ Keep = Callable[[Tensor], "KeptTensor | HostCopy"]
 
 
 class ResidentStore:
-    """K and V whole on the device while a pass runs."""
+    """
+    K and V whole on the device while a pass runs.
 
-    def __init__(self, spans: Sequence[Span], keep: Keep):
-        self._spans, self._keep = spans, keep
+    Args:
+        segments: of every chunk.
+    """
+
+    def __init__(self, spans: Sequence[Span], segments: Sequence[Sequence[Segment]], keep: Keep):
+        self._spans, self._segments, self._keep = spans, segments, keep
         self._key: Tensor | None = None
         self._value: Tensor | None = None
         self._kept: tuple = ()
@@ -43,9 +51,8 @@ class ResidentStore:
         self._key[:, start:stop], self._value[:, start:stop] = key, value
 
     def attend(self, kernel: AttentionKernel, index: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Out and lse of a chunk of queries over everything up to its end."""
-        stop = self._spans[index][1]
-        return attend_prefix(kernel, query, self._key[:, :stop], self._value[:, :stop], scale)
+        """Out and lse of a chunk of queries over everything that they see."""
+        return attend_segments(kernel, query, self._key, self._value, self._segments[index], self._spans[index], scale)
 
     def end_forward(self) -> None:
         """Puts away what the backward needs."""
@@ -68,9 +75,11 @@ class ResidentStore:
         the keys before it.
         """
         start, stop = self._spans[index]
-        keys, values, grad_keys, grad_values = (t[:, :stop] for t in (self._key, self._value, *self._grads))
-        grad_query = attend_prefix_backward(kernel, grad_out, query, keys, values, out, lse, scale, grad_keys, grad_values)
-        return grad_query, *(g[:, start:].to(self._key.dtype) for g in (grad_keys, grad_values))
+        where = self._segments[index], (start, stop)
+        grad_query = attend_segments_backward(
+            kernel, grad_out, query, self._key, self._value, out, lse, *where, scale, *self._grads
+        )
+        return grad_query, *(grad[:, start:stop].to(self._key.dtype) for grad in self._grads)
 
     def release(self) -> None:
         """Gives everything back; harmless if done before."""
@@ -80,25 +89,44 @@ class ResidentStore:
 
 
 class StreamedStore:
-    """K and V in blocks on the host, one a chunk; the device holds the block in use and the next."""
+    """
+    K and V in blocks on the host, one a chunk; the device holds the block in use and the next.
 
-    def __init__(self, spans: Sequence[Span], keep: Keep, settle: Callable[[], None]):
-        self._spans, self._keep, self._settle = spans, keep, settle
+    Args:
+        segments: of every chunk.
+        settle: makes compute wait for copies to the host, so that the device's memory is free.
+    """
+
+    def __init__(self, spans: Sequence[Span], segments: Sequence[Sequence[Segment]], keep: Keep, settle: Callable[[], None]):
+        self._spans, self._segments, self._keep, self._settle = spans, segments, keep, settle
         self._blocks: list[tuple] = []  # per chunk: kept K and V
         self._grads: dict[int, tuple] = {}  # per chunk: kept sums of grad_K and grad_V, once there are any
 
     def append(self, index: int, key: Tensor, value: Tensor) -> None:
         self._blocks.append((self._keep(key), self._keep(value)))
+        self._value_dim = value.shape[-1]
 
     def attend(self, kernel: AttentionKernel, index: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out = lse = None
-        for block, (key, value) in _in_order(self._blocks[: index + 1]):
-            piece = kernel.forward(query, key, value, causal=block == index, scale=scale)
-            if out is None:
-                out, lse = piece[0].to(piece[1].dtype), piece[1]  # merged in fp32: one rounding, at the end
-            else:
-                out, lse = merge_attention(out, lse, *piece)
+        chunk, segments = self._spans[index], self._segments[index]
+        pieces: list[tuple | None] = [None] * len(segments)
+        first = self._first_block(index)
+        for position, (key, value) in _in_order(self._blocks[first : index + 1]):
+            block = first + position
+            for number, segment in enumerate(segments):
+                keys = segment.keys(self._spans[block])
+                if keys is None:
+                    continue
+                part = query[segment.queries(chunk)]
+                out, lse = kernel.forward(part, key[keys], value[keys], causal=block == index, scale=scale)
+                merged = pieces[number]  # in fp32: one rounding, at the end
+                pieces[number] = (out.to(lse.dtype), lse) if merged is None else merge_attention(*merged, out, lse)
+        out, lse = join_segments(pieces, segments, chunk, query, self._value_dim)
         return out.to(query.dtype), lse
+
+    def _first_block(self, index: int) -> int:
+        """The first block of which a chunk's queries see something; its own if they see nothing."""
+        first = min((segment.first for segment in self._segments[index]), default=self._spans[index][0])
+        return next(block for block, (_, stop) in enumerate(self._spans) if first < stop)
 
     def end_forward(self) -> None:
         """Nothing to do: every block was put away when it was complete."""
@@ -111,19 +139,31 @@ class StreamedStore:
         self._grads = {}
 
     def attend_backward(self, kernel, index: int, grad_out, query, out, lse, scale: float):
-        grad_query = None
-        groups = [(*self._blocks[block], *self._grads.get(block, ())) for block in range(index + 1)]
-        for block, (key, value, *sums) in _in_order(groups):
-            piece_query, *pieces = kernel.backward(grad_out, query, key, value, out, lse, causal=block == index, scale=scale)
-            wide = torch.promote_types(query.dtype, torch.float32)
-            grad_query = piece_query.to(wide) if grad_query is None else grad_query.add_(piece_query)
-            totals = [a.add_(b) for a, b in zip(sums, pieces, strict=True)] if sums else [p.to(wide) for p in pieces]
-            if block == index:
-                for kept in groups[block]:
-                    kept.release()
-                self._settle()  # sums that are on their way, but for this, stay until something else is copied
-                return grad_query.to(query.dtype), *(total.to(key.dtype) for total in totals)
-            self._replace_sums(block, totals)
+        chunk, segments = self._spans[index], self._segments[index]
+        parts = [query_parts(segment, chunk, grad_out, query, out, lse) for segment in segments]
+        grad_queries: list[Tensor | None] = [None] * len(segments)
+        first = self._first_block(index)
+        groups = [(*self._blocks[block], *self._grads.get(block, ())) for block in range(first, index + 1)]
+        for position, (key, value, *sums) in _in_order(groups):
+            block = first + position
+            for number, segment in enumerate(segments):
+                keys = segment.keys(self._spans[block])
+                if keys is None:
+                    continue
+                part_grad, part, part_out, part_lse = parts[number]
+                piece, *grads = kernel.backward(
+                    part_grad, part, key[keys], value[keys], part_out, part_lse, causal=block == index, scale=scale
+                )
+                wide = torch.promote_types(query.dtype, torch.float32)
+                grad_queries[number] = piece.to(wide) if grad_queries[number] is None else grad_queries[number].add_(piece)
+                sums = _added(sums, grads, keys, (key, value), wide)
+            if block < index:
+                self._replace_sums(block, sums)
+        for kept in groups[-1]:
+            kept.release()
+        self._settle()  # sums that are on their way, but for this, stay until something else is copied
+        sums = sums or (key.new_zeros(key.shape), value.new_zeros(value.shape))  # of padding alone
+        return join_queries(grad_queries, segments, chunk, query), *(total.to(key.dtype) for total in sums)
 
     def _replace_sums(self, block: int, totals: list[Tensor]) -> None:
         for kept in self._grads.get(block, ()):
@@ -133,6 +173,18 @@ class StreamedStore:
     def release(self) -> None:
         for kept in (*(k for pair in self._blocks for k in pair), *(k for pair in self._grads.values() for k in pair)):
             kept.release()
+
+
+def _added(
+    sums: Sequence[Tensor], grads: Sequence[Tensor], keys: tuple, like: Sequence[Tensor], wide: torch.dtype
+) -> list[Tensor]:
+    """Sums of the gradients of a block's keys and values, if there are any, with those of some of the keys added."""
+    if not sums and all(grad.shape == whole.shape for grad, whole in zip(grads, like, strict=True)):
+        return [grad.to(wide) for grad in grads]
+    sums = sums or [torch.zeros_like(whole, dtype=wide) for whole in like]
+    for total, grad in zip(sums, grads, strict=True):
+        total[keys] += grad
+    return sums
 
 
 def _in_order(groups: Sequence[tuple]) -> Iterator[tuple[int, list[Tensor]]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .documents import Segment
 from .head_exchange import HeadExchange, NoExchange
 from .kernel_choice import choose_kernel
 from .key_value_store import ResidentStore, StreamedStore
@@ -49,6 +50,7 @@ class LayerCall:
         arguments: for a span `(start, stop)`, the keyword arguments of that chunk.
         spans: `(start, stop)` of every chunk in what this process has of the sequence, in order.
         store_spans: the same in the whole sequence. They differ in a sequence-parallel group.
+        segments: of every chunk of the whole sequence: what its queries see.
         exchange: between the processes of the group.
         kernel: kernel name as in `FPDTConfig`.
         placement: what is kept for the backward, and where.
@@ -62,6 +64,7 @@ class LayerCall:
     arguments: Callable[[tuple[int, int]], dict[str, Any]]
     spans: Sequence[tuple[int, int]]
     store_spans: Sequence[tuple[int, int]]
+    segments: Sequence[Sequence[Segment]]
     exchange: NoExchange | HeadExchange
     kernel: str
     placement: LayerPlacement
@@ -74,8 +77,8 @@ class LayerCall:
 
     def new_store(self) -> ResidentStore | StreamedStore:
         if self.stream_kv:
-            return StreamedStore(self.store_spans, self.keep_here, self.places.settle)
-        return ResidentStore(self.store_spans, self.keep_here)
+            return StreamedStore(self.store_spans, self.segments, self.keep_here, self.places.settle)
+        return ResidentStore(self.store_spans, self.segments, self.keep_here)
 
 
 def run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "Chunk") -> Tensor:

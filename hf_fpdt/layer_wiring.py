@@ -46,6 +46,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         arguments=partial(_arguments_of_chunk, arguments, running.local_len),
         spans=running.spans,
         store_spans=running.store_spans,
+        segments=running.segments,
         exchange=running.exchange,
         kernel=running.kernel,
         placement=running.next_placement(),

@@ -139,18 +139,19 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
         with chunked_loss(model, arguments):
             return forward(**arguments)
     tokens, config, exchange = _input_tokens(model, arguments), config_of(model), exchange_of(model)
-    check_streamable(model, arguments, tokens, sharded=exchange.size > 1)
+    documents = check_streamable(model, arguments, tokens, sharded=exchange.size > 1)
     layout = layout_of(tokens, config, exchange.size)
     if exchange.size > 1:
         check_shard(model, arguments, layout, exchange)
-        # Without a mask transformers takes gaps in the positions for borders of documents.
+    if arguments.get("attention_mask") is None and (documents is not None or exchange.size > 1):
+        # Without a mask transformers looks for documents itself, by gaps in the positions, and asks for a mask of them.
         arguments["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     wire(model, layers)
     with without_checkpointing(layers):
         run = partial(measure, forward, arguments, tokens.shape[1])
         plan = plan_of_call(model, layers, deferring_head(), tokens, config, run, layout, exchange)
         places = Places(config, tokens.device)
-        streamed = StreamedPass(plan, config.kernel, places, exchange)
+        streamed = StreamedPass(plan, config.kernel, places, exchange, documents)
         with running(streamed):
             output = forward(**arguments)
     if streamed.last_saved is not None:

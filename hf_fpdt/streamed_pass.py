@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .documents import Documents
 from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .layer_chunk import LayerCall, outside_of_chunks
 from .layer_footprint import footprint_of_layer
@@ -26,15 +27,20 @@ class StreamedPass:
         kernel: as in `FPDTConfig`.
         places: where tensors wait for the backward.
         exchange: between the processes that share the sequence.
+        documents: what attention keeps apart; None: every row is one.
 
     `seq_len` counts all tokens of a sequence, `local_len` those that this process has; `spans` and `store_spans` are chunks of
     the latter and the former.
     """
 
-    def __init__(self, plan: Plan, kernel: str, places: Places, exchange: NoExchange | HeadExchange):
+    def __init__(
+        self, plan: Plan, kernel: str, places: Places, exchange: NoExchange | HeadExchange, documents: Documents | None = None
+    ):
         self.plan, self.kernel, self.places, self.exchange = plan, kernel, places, exchange
         self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
         self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
+        documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
+        self.segments = documents.segments(self.store_spans)
         self.last_saved: SavedLayer | None = None
         self._layers_run = 0
 
@@ -56,7 +62,7 @@ class StreamedPass:
 class MeasuringPass:
     """A forward of a few tokens that runs no layer, but takes the footprint of each kind of layer; in order in `layers`."""
 
-    stream_kv, places = False, None
+    stream_kv, places, segments = False, None, ()  # nothing is kept and nobody attends
 
     def __init__(self, local_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
         self.local_len, self.seq_len = local_len, local_len * exchange.size

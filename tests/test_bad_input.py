@@ -70,27 +70,6 @@ def test_kernel_that_lacks_the_head_dim():
     assert choose_kernel("auto", torch.device("cpu"), torch.float32, 16, 24).name == "naive"
 
 
-def test_padding(streamed):
-    mask = torch.ones(2, SEQ_LEN, dtype=torch.long)
-    streamed(**make_batch(2), attention_mask=mask)
-    mask[1, -5:] = 0
-    with pytest.raises(
-        ValueError, match=r"LlamaModel: attention_mask marks 5 of 96 positions as padding.*leave attention_mask out"
-    ):
-        streamed(**make_batch(2), attention_mask=mask)
-
-
-def test_padding_on_the_left_and_in_eval(streamed):
-    mask = torch.ones(2, SEQ_LEN, dtype=torch.bool)
-    mask[0, 0] = False
-    streamed.eval()
-    try:
-        with pytest.raises(ValueError, match="marks 1 of 96 positions as padding"), torch.no_grad():
-            streamed(**make_batch(2), attention_mask=mask)
-    finally:
-        streamed.train()
-
-
 def test_prepared_mask(streamed):
     mask = torch.ones(2, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match=r"attention_mask of shape \[2, 1, 48, 48\].*\[batch, seq_len\] = \[2, 48\]"):
@@ -100,18 +79,6 @@ def test_prepared_mask(streamed):
 def test_mask_of_a_mapping(streamed):
     with pytest.raises(ValueError, match="attention_mask of shape dict was given"):
         streamed(**make_batch(2), attention_mask={"full_attention": None})
-
-
-def test_restarting_positions(streamed):
-    positions = torch.cat([torch.arange(30), torch.arange(SEQ_LEN - 30)])[None].expand(2, -1)
-    with pytest.raises(ValueError, match=r"position_ids restart or jump 2 times, which asks for packed documents"):
-        streamed(**make_batch(2), position_ids=positions)
-
-
-def test_positions_of_one_dimension(streamed):
-    positions = torch.cat([torch.arange(30), torch.arange(SEQ_LEN - 30)])
-    with pytest.raises(ValueError, match="position_ids restart or jump 1 times"):
-        streamed.model(make_batch(2)["input_ids"], position_ids=positions)
 
 
 def test_several_positions_a_token(streamed):
@@ -170,12 +137,6 @@ def test_consecutive_positions_are_fine(streamed):
     got = streamed(**make_batch(2), position_ids=positions).loss
     want = plain(**make_batch(2), position_ids=positions).loss
     assert abs(got - want) <= 2e-6 * want
-
-
-@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
-def test_packed_documents(streamed, name):
-    with pytest.raises(ValueError, match=rf"{name} was given, which asks for packed documents.*packing=False"):
-        streamed(**make_batch(2), **{name: torch.tensor([0, 30, 48])})
 
 
 def test_attention_outputs(streamed):

@@ -23,7 +23,7 @@ from reference import (
     total_gradient_error,
 )  # fmt: skip
 
-from hf_fpdt import key_value_store
+from hf_fpdt import causal_attention
 
 CONFIGS = {
     "llama_mha": lambda: tiny_llama(num_key_value_heads=4),
@@ -156,8 +156,8 @@ def test_bf16_gradients_of_keys_survive_many_chunks():
 @pytest.mark.parametrize(("save_attention", "passes"), [(True, 1), ("auto", 1), (False, 2)])
 def test_attention_is_computed_once_if_saved(monkeypatch, save_attention, passes):
     """What save_attention=True is for, and that False does not keep it."""
-    calls, attend = [], key_value_store.attend_prefix
-    monkeypatch.setattr(key_value_store, "attend_prefix", lambda *args: calls.append(1) or attend(*args))
+    calls, attend = [], causal_attention.attend_prefix
+    monkeypatch.setattr(causal_attention, "attend_prefix", lambda *args: calls.append(1) or attend(*args))
     model = make_streamed(tiny_llama(), 16, save_attention=save_attention)
     loss = model(**make_batch(2)).loss
     assert len(calls) == 2 * 3
