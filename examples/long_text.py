@@ -1,6 +1,6 @@
 """
 Long text for the examples: documents from a dataset, from files or from Python's standard library, a tokenizer, and documents
-cut into pieces of one length. fpdt takes neither padding nor packed documents, so every piece has exactly `seq_len` tokens.
+cut into pieces of one length. Every piece has exactly `seq_len` tokens, so that nothing is padded.
 """
 
 import logging
@@ -115,7 +115,7 @@ def load_tokenizer(name: str | None, vocab_size: int, documents: Dataset) -> Pre
 
 
 def make_pieces(documents: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
-    """`input_ids` of exactly `seq_len` tokens a row. fpdt takes neither padding nor packing: what is shorter is dropped."""
+    """`input_ids` of exactly `seq_len` tokens a row. What is shorter is dropped."""
 
     def tokenize(batch):
         ids = tokenizer(batch["text"], return_attention_mask=False)["input_ids"]

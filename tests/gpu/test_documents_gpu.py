@@ -13,7 +13,7 @@ from hf_fpdt.attention_kernels import KERNELS
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [700, 1, 1, 129, 1500, 64, 1, 676, 1024]
-TOLERANCE = 2e-2  # of the largest entry; bfloat16 has 8 bits
+TOLERANCE = 4e-2  # of the largest entry, against fp32; documents that see each other are off by more than 1
 
 
 def llama(implementation):
