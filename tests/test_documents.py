@@ -4,12 +4,9 @@ failure means texts that see each other, or padding that is learnt from.
 """
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 
@@ -112,21 +109,6 @@ def test_the_comparison_sees_documents_that_leak():
     loss, _, labels = one_by_one(make_model(tiny_llama(), "eager"), ids, [[(0, 20), (20, 48)]])
     got = make_streamed(tiny_llama())(input_ids=ids, labels=labels).loss
     assert abs(got.item() - loss) > 1000 * LOSS * loss
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(data=st.data())
-def test_any_borders(data):
-    batch, seq_len = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 40))
-    rows = []
-    for _ in range(batch):
-        cuts = data.draw(st.sets(st.integers(0, seq_len), min_size=2, max_size=7))
-        rows.append(list(pairwise(sorted(cuts))))
-    if not any(stop - start > 1 for row in rows for start, stop in row):
-        rows[0] = [(0, seq_len)]
-    heads = data.draw(st.sampled_from([(4, 4), (4, 2), (4, 1)]))
-    config = tiny_llama(num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    assert_alone(config, rows, seq_len, data.draw(st.integers(1, seq_len)), **data.draw(st.sampled_from(STORES)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
