@@ -3,6 +3,7 @@ One rank's shard of a batch of whole sequences: what needs a neighbour is done o
 permuted and cut.
 
     labels -> shift_labels      position_ids, if there are none      right padding of attention_mask -> labels of -100
+    documents -> cu_seq_lens of the whole sequence
     pad on the right to the layout's length                          keep the layout's positions of the rank
 
 Under causal attention no token sees what is to its right, so padding there changes no token before it, and needs no mask.
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .documents import documents_of
 from .input_checks import PACKING
 from .sequence_layout import SequenceLayout
 
 _IGNORED = -100
-_PACKING = (*PACKING, "max_length_q", "max_length_k")
+_LENGTHS = ("max_length_q", "max_length_k")
 
 
 def shard_batch(
@@ -37,10 +39,11 @@ def shard_batch(
     Returns:
         The batch without `attention_mask` and `labels`, with `position_ids` (`[1, local_len]` if there were none) and, if there
         were `labels` or `shift_labels`, `shift_labels` `[batch, local_len]`: the token after each, -100 where there is none.
+        Packed documents (a row of them) are told by `cu_seq_lens_q` and `cu_seq_lens_k` of the whole sequence.
 
     Raises:
         ValueError: for a batch that is no mapping or has no tokens, labels that are not one a token, padding other than on the
-            right, packed documents, several positions a token.
+            right, packed documents in several rows, several positions a token.
     """
     tokens = _tokens(batch)
     batch_size, seq_len = tokens.shape[:2]
@@ -49,7 +52,9 @@ def shard_batch(
     values = dict(batch)
     valid = _valid_tokens(values.pop("attention_mask", None), tokens)
     targets = _targets(values.pop("labels", None), values.pop("shift_labels", None), valid, tokens)
-    first_position = _first_position(values.pop("position_ids", None), valid, tokens)
+    packing = {name: values.pop(name, None) for name in (*PACKING, *_LENGTHS)}
+    positions = _positions(values.pop("position_ids", None), tokens)
+    borders = _borders(packing | {"position_ids": positions}, valid, tokens)
     if targets is not None:
         values["shift_labels"] = targets
     fills = {"input_ids": pad_token_id, "shift_labels": _IGNORED}
@@ -59,7 +64,9 @@ def shard_batch(
         if axis is not None:
             value = _padded(value, axis, layout.seq_len, fills.get(name, 0)).index_select(axis, index)
         shard[name] = value
-    shard["position_ids"] = first_position + index
+    shard["position_ids"] = _continued(positions, valid, layout.seq_len)[..., index]
+    if borders is not None:
+        shard["cu_seq_lens_q"] = shard["cu_seq_lens_k"] = torch.tensor(borders, dtype=torch.int32, device=tokens.device)
     return shard
 
 
@@ -82,12 +89,6 @@ def _tokens(batch: Mapping[str, Any]) -> Tensor:
             f"Sequence parallelism: input of shape {list(tokens.shape)}; it needs [batch, seq_len] with at least one row, and "
             "one token a row. Leave empty batches out."
         )
-    for packing in _PACKING:
-        if batch.get(packing) is not None:
-            raise ValueError(
-                f"Sequence parallelism: {packing} was given, which asks for packed documents; hf_fpdt does not keep documents "
-                "apart yet. Use one document a row (packing=False, padding_free=False)."
-            )
     return tokens
 
 
@@ -104,9 +105,8 @@ def _valid_tokens(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
     valid = mask != 0
     if (valid & (mask != 1)).any():
         raise ValueError(
-            f"Sequence parallelism: attention_mask has values up to {mask.max().item()}, which asks for packed documents; "
-            "hf_fpdt does not keep documents apart yet. Use one document a row (packing=False), with 1 for tokens and 0 for "
-            "padding."
+            f"Sequence parallelism: attention_mask has values up to {mask.max().item()}; 1 is a token and 0 is padding. Tell "
+            "packed documents by position_ids that start anew, seq_idx or cu_seq_lens_q."
         )
     if (valid[:, 1:] & ~valid[:, :-1]).any():
         raise ValueError(
@@ -133,27 +133,47 @@ def _targets(labels: Tensor | None, shift_labels: Tensor | None, valid: Tensor |
     return targets.masked_fill(~(valid & nn.functional.pad(valid[:, 1:], (0, 1), value=True)), _IGNORED)
 
 
-def _first_position(positions: Tensor | None, valid: Tensor | None, tokens: Tensor) -> Tensor:
-    """What has to be added to a token's place in its row to get its position: `[batch or 1, 1]`, `[1]` for `[seq_len]`."""
+def _positions(positions: Tensor | None, tokens: Tensor) -> Tensor:
+    """`[batch or 1, seq_len]`; 0 to the end if none were given."""
     batch_size, seq_len = tokens.shape[:2]
     if positions is None:
-        return torch.zeros(1, 1, dtype=torch.int64, device=tokens.device)
+        return torch.arange(seq_len, device=tokens.device)[None]
     if tuple(positions.shape) not in {(seq_len,), (1, seq_len), (batch_size, seq_len)}:
         raise ValueError(
             f"Sequence parallelism: position_ids of shape {list(positions.shape)} were given; hf_fpdt takes one position a "
             f"token, [batch, seq_len] = {[batch_size, seq_len]}. A model that needs several (as for images) runs with "
             'attn_implementation="sdpa" and sp_size 1.'
         )
-    broken = positions.diff(dim=-1) != 1
-    if valid is not None:
-        broken = broken & valid[:, 1:]  # what a collator writes at padding is of no use
-    breaks = int(broken.sum())
-    if breaks:
+    return positions if positions.ndim == 2 else positions[None]
+
+
+def _continued(positions: Tensor, valid: Tensor | None, seq_len: int) -> Tensor:
+    """`[batch or 1, seq_len]`: behind the tokens they go on by one, whatever a collator wrote there."""
+    given, place = positions.shape[1], torch.arange(seq_len, device=positions.device)
+    if valid is None:
+        ends = torch.full((positions.shape[0], 1), given - 1, device=positions.device)
+    else:
+        ends = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
+        positions = positions.expand(len(valid), -1)
+    last = positions.gather(1, ends)
+    return torch.where(place > ends, last + place - ends, _padded(positions, 1, seq_len, 0))
+
+
+def _borders(described: dict[str, Any], valid: Tensor | None, tokens: Tensor) -> list[int] | None:
+    """`cu_seq_lens` of the documents; None if every row is one, but for padding on its right."""
+    batch_size, seq_len = tokens.shape[:2]
+    mask = None if valid is None else valid.long()
+    documents = documents_of("Sequence parallelism", described | {"attention_mask": mask}, batch_size, seq_len)
+    if documents is None or documents.most() <= 1:
+        return None
+    borders = documents.borders()
+    if batch_size != 1 or borders is None:
         raise ValueError(
-            f"Sequence parallelism: position_ids restart or jump {breaks} times, which asks for packed documents; hf_fpdt does "
-            "not keep documents apart yet. Use one document a row (packing=False), or leave position_ids out."
+            f"Sequence parallelism: {batch_size} rows with packed documents were given (position_ids restart or jump, or "
+            "seq_idx, cu_seq_lens_q); documents are kept apart in one row a batch. Flatten it (DataCollatorWithFlattening, "
+            "padding_free=True), use per_device_train_batch_size=1, or one document a row (packing=False)."
         )
-    return positions[..., :1]
+    return borders
 
 
 def _sequence_axis(value: Any, batch_size: int, seq_len: int) -> int | None:

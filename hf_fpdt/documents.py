@@ -54,6 +54,24 @@ class Documents:
         alike = all(row == rows[0] for row in rows)
         self._rows = [(slice(0, len(rows)), rows[0])] if alike else [(slice(i, i + 1), row) for i, row in enumerate(rows)]
 
+    def most(self) -> int:
+        """The most documents in a row."""
+        return max(len(row) for _, row in self._rows)
+
+    def borders(self) -> list[int] | None:
+        """`[0, end of the first document, ..., end of the last]`, if all rows are alike and nothing lies between documents."""
+        (_, row), *others = self._rows
+        meeting = all(before[1] == after[0] for before, after in pairwise([(0, 0), *row]))
+        return [0, *(stop for _, stop in row)] if meeting and not others else None
+
+    def numbers(self, seq_len: int) -> Tensor:
+        """Of every token of a row, if all rows are alike: the number of its document, -1 for padding; int64 `[seq_len]`."""
+        ((_, row),) = self._rows
+        numbers = torch.full((seq_len,), -1)
+        for number, (start, stop) in enumerate(row):
+            numbers[start:stop] = number
+        return numbers
+
     @classmethod
     def whole(cls, batch_size: int, seq_len: int) -> "Documents":
         """One document a row."""

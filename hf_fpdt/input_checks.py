@@ -10,22 +10,20 @@ from .documents import Documents, documents_of
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def check_streamable(
-    model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor, *, sharded: bool = False
-) -> Documents | None:
+def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor, sp_size: int = 1) -> Documents | None:
     """
     Args:
         model: the model that owns the decoder layers.
         arguments: arguments of its forward by name.
         tokens: its `input_ids` or `inputs_embeds`, `[batch, seq_len, ...]`.
-        sharded: whether these are part of a sequence, whose positions have gaps.
+        sp_size: processes that share the sequences. These tokens are then a shard, and `cu_seq_lens_*` those of the whole.
 
     Returns:
         The documents that padding and packing make of the rows, None if every row is one.
 
     Raises:
         ValueError: for inputs without tokens, prepared masks, attention outputs, `nn.DataParallel`, and in a sequence-parallel
-            group for padding and packed documents.
+            group for a mask or `seq_idx` of a shard.
     """
     name = type(model).__name__
     weight = next(model.parameters(), None)
@@ -52,14 +50,16 @@ def check_streamable(
             f"{name}: position_ids of shape {list(positions.shape)} were given (several positions a token, as for images); "
             'attn_implementation="fpdt" takes [batch, seq_len]. Use attn_implementation="sdpa" for this model.'
         )
-    if not sharded:
+    if sp_size == 1:
         return documents_of(name, arguments, batch_size, seq_len)
-    given = {key: value for key, value in arguments.items() if key in ("attention_mask", *PACKING)}
-    if documents_of(name, given, batch_size, seq_len) is not None:
-        asking = " and ".join(key for key, value in given.items() if value is not None)
+    given = {key: value for key, value in arguments.items() if key.startswith("cu_seq_lens_")}
+    documents = documents_of(name, given, batch_size, seq_len * sp_size)
+    rest = {key: value for key, value in arguments.items() if key in ("attention_mask", "seq_idx")}
+    if documents_of(name, rest, batch_size, seq_len) is not None:
+        asking = " and ".join(key for key, value in rest.items() if value is not None)
         raise ValueError(
-            f"{name}: {asking} asks for padding or packed documents in a sequence-parallel group, which is not supported yet. "
-            "Use one document a row and no padding (packing=False; ShardedDataLoader turns padding on the right into labels of "
-            "-100), or sp_size=1."
+            f"{name}: {asking} asks for padding or documents in a shard of a sequence, where only cu_seq_lens_q and "
+            "cu_seq_lens_k of the whole sequence can. Let ShardedDataLoader or shard_batch make the shards: padding on the "
+            "right becomes labels of -100."
         )
-    return None
+    return documents

@@ -139,10 +139,10 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
         with chunked_loss(model, arguments):
             return forward(**arguments)
     tokens, config, exchange = _input_tokens(model, arguments), config_of(model), exchange_of(model)
-    documents = check_streamable(model, arguments, tokens, sharded=exchange.size > 1)
+    documents = check_streamable(model, arguments, tokens, exchange.size)
     layout = layout_of(tokens, config, exchange.size)
     if exchange.size > 1:
-        check_shard(model, arguments, layout, exchange)
+        check_shard(model, arguments, layout, exchange, documents)
     if arguments.get("attention_mask") is None and (documents is not None or exchange.size > 1):
         # Without a mask transformers looks for documents itself, by gaps in the positions, and asks for a mask of them.
         arguments["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)

@@ -1,11 +1,13 @@
 """What a model that shares its sequences with other processes cannot honour, refused before anything is exchanged."""
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .documents import Documents
 from .group_agreement import check_same
 from .head_exchange import HeadExchange, HeadSplit
 from .sequence_layout import SequenceLayout
@@ -31,22 +33,33 @@ def check_shardable(config: PretrainedConfig, sp_size: int) -> None:
             )
 
 
-def check_shard(model: PreTrainedModel, arguments: dict[str, Any], layout: SequenceLayout, exchange: HeadExchange) -> None:
+def check_shard(
+    model: PreTrainedModel,
+    arguments: dict[str, Any],
+    layout: SequenceLayout,
+    exchange: HeadExchange,
+    documents: Documents | None = None,
+) -> None:
     """
     Whether a call with one process's shard of a sequence can be computed. Collective in the group.
+
+    Args:
+        documents: of the whole sequence, if it is packed.
 
     Raises:
         ValueError: on every process that sees it, for position_ids that are missing or are not those of its shard; on all, for
             shapes, settings or modes in which they differ.
     """
     positions = arguments.get("position_ids")
-    problem = "no position_ids" if positions is None else _misplaced(positions, layout, exchange.rank)
+    problem = "no position_ids" if positions is None else _misplaced(positions, layout, exchange.rank, documents)
     advice = (
         "Every process of a sequence-parallel group calls the model with its shard of the same batch, as ShardedDataLoader or "
         "shard_batch makes it with the model's chunk_size."
     )
     mode = "with" if torch.is_grad_enabled() else "without"
-    asked = {"their batch": f"{layout}, {mode} gradients", "the fit of their position_ids": problem}
+    borders = None if documents is None else documents.borders()
+    borders = borders and f"{len(borders) - 1} with checksum {zlib.crc32(str(borders).encode()):x}"
+    asked = {"their batch": f"{layout}, {mode} gradients", "their documents": borders, "the fit of their position_ids": problem}
     check_same(exchange.group, asked, advice)
     if problem is not None:
         raise ValueError(f"{type(model).__name__}: got {problem} in a sequence-parallel group of {exchange.size}. {advice}")
@@ -65,11 +78,14 @@ def check_shard_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> Non
         )
 
 
-def _misplaced(positions: torch.Tensor, layout: SequenceLayout, rank: int) -> str | None:
+def _misplaced(positions: torch.Tensor, layout: SequenceLayout, rank: int, documents: Documents | None) -> str | None:
     want = layout.positions(rank).to(positions.device)
     if positions.ndim > 2 or positions.shape[-1] != len(want):
         return f"position_ids of shape {list(positions.shape)} for a shard of {len(want)} tokens"
-    wrong = int((positions - positions[..., :1] != want - want[0]).sum())
+    wrong = positions.diff(dim=-1) != want.diff()
+    if documents is not None:  # from one to the next positions may go anywhere
+        wrong &= documents.numbers(layout.seq_len).to(want.device)[want].diff() == 0
+    wrong = int(wrong.sum())
     return f"position_ids of which {wrong} are not where chunks of {layout.chunk_size} tokens have them" if wrong else None
 
 

@@ -33,7 +33,12 @@ def put_together(pieces, chunk_size, axis=1):
 def whole(batch, chunk_size, sp_size, **settings):
     pieces = shards(batch, chunk_size, sp_size, **settings)
     assert all(piece.keys() == pieces[0].keys() for piece in pieces)
-    return {name: put_together([piece[name] for piece in pieces], chunk_size) for name in pieces[0]}
+    cut = {name for name, value in pieces[0].items() if value.ndim > 1}
+    assert all(torch.equal(piece[name], value) for piece in pieces for name, value in pieces[0].items() if name not in cut)
+    return {
+        name: put_together([piece[name] for piece in pieces], chunk_size) if name in cut else value
+        for name, value in pieces[0].items()
+    }
 
 
 def make_batch(batch_size=2, seq_len=16, **more):
@@ -163,6 +168,32 @@ def test_positions_of_padding_may_be_anything(filler):
     assert got.tolist() == [list(range(8))] * 2
 
 
+PACKED = {
+    "positions": {"position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 2]])},
+    "seq_idx": {"seq_idx": torch.tensor([[0, 0, 0, 1, 2, 2, 2]]), "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 2]])},
+    "lengths": {"cu_seq_lens_q": torch.tensor([0, 3, 4, 7]), "cu_seq_lens_k": torch.tensor([0, 3, 4, 7]), "max_length_q": 3},
+}
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_packed_documents(how):
+    """Their borders are those of the whole sequence on every rank; what is padded behind is of none."""
+    batch = make_batch(1, 7, **PACKED[how])
+    for rank in range(2):
+        shard = shard_batch(batch, layouts(4, 2), rank)
+        assert shard["cu_seq_lens_q"].tolist() == shard["cu_seq_lens_k"].tolist() == [0, 3, 4, 7]
+        assert not {"seq_idx", "max_length_q", "attention_mask"} & set(shard)
+    positions = [0, 1, 2, 3, 4, 5, 6, 7] if how == "lengths" else [0, 1, 2, 0, 0, 1, 2, 3]
+    assert whole(batch, 4, 2)["position_ids"].tolist() == [positions]
+
+
+def test_packed_and_padded():
+    batch = make_batch(1, 6, position_ids=torch.tensor([[0, 1, 0, 1, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]))
+    got = whole(batch, 4, 2)
+    assert got["cu_seq_lens_q"].tolist() == [0, 2, 4]
+    assert got["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3]]
+
+
 def test_mappings():
     batch = BatchEncoding(make_batch(1, 4))
     assert shard_batch(batch, layouts(2, 2), 1)["input_ids"].tolist() == [[2, 4]]
@@ -173,22 +204,21 @@ REFUSED = {
         {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}, "1 of 8 positions .* left of a token.*padding_side"),
     "holes": ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]])}, "3 of 8 positions .* left of a token"),
     "documents in the mask": (
-        {"attention_mask": torch.tensor([[1, 1, 2, 2], [1, 1, 1, 0]])}, "values up to 2.*packed documents"),
+        {"attention_mask": torch.tensor([[1, 1, 2, 2], [1, 1, 1, 0]])}, "values up to 2.*position_ids that start anew"),
     "mask of four dimensions": ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"shape \[2, 1, 4, 4\].*Leave attention_mask out"),
     "mask that is no tensor": ({"attention_mask": {"full": torch.ones(2, 4)}}, "shape dict"),
-    "documents in position_ids": ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "restart or jump 1 times.*packing=False"),
+    "documents in position_ids": (
+        {"position_ids": torch.tensor([[0, 1, 0, 1]])}, "2 rows with packed documents.*packing=False"),
     "restart before the padding": (
-        {"position_ids": torch.tensor([[0, 1, 0, 0]] * 2), "attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "jump 2 times"),
+        {"position_ids": torch.tensor([[0, 1, 0, 0]] * 2), "attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "2 rows with"),
     "three positions a token": (
         {"position_ids": torch.zeros(3, 2, 4)}, r"position_ids of shape \[3, 2, 4\].*one position a token"),
     "position_ids of another length": ({"position_ids": torch.arange(5)[None]}, r"position_ids of shape \[1, 5\]"),
     "one label a row": ({"labels": torch.ones(2)}, r"labels of shape \[2\].*one label a token"),
     "shifted already": ({"shift_labels": torch.ones(2, 3)}, r"shift_labels of shape \[2, 3\]"),
-    "cu_seq_lens_q": ({"cu_seq_lens_q": torch.tensor([0, 2, 4])}, "cu_seq_lens_q was given.*packed documents.*packing=False"),
-    "cu_seq_lens_k": ({"cu_seq_lens_k": torch.tensor([0, 2, 4])}, "cu_seq_lens_k was given"),
-    "seq_idx": ({"seq_idx": torch.zeros(2, 4)}, "seq_idx was given"),
-    "max_length_q": ({"max_length_q": 4}, "max_length_q was given"),
-    "max_length_k": ({"max_length_k": 4}, "max_length_k was given"),
+    "cu_seq_lens_q": (
+        {"cu_seq_lens_q": torch.tensor([0, 2, 4])}, r"cu_seq_lens_q \[0, 2, 4\] .* 2 x 4 tokens; they need one row"),
+    "seq_idx": ({"seq_idx": torch.tensor([[0, 0, 1, 1]] * 2)}, "2 rows with packed documents"),
 }  # fmt: skip
 
 

@@ -7,12 +7,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithFlattening
-
-from hf_fpdt import attention_kernels, key_value_store
-from hf_fpdt.documents import Documents, documents_of
-from tests.reference import (
+from reference import (
     SEQ_LEN,
     assert_close,
     assert_gradients_close,
@@ -24,6 +19,11 @@ from tests.reference import (
     tiny_llama,
     tiny_neox,
 )
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorWithFlattening
+
+from hf_fpdt import attention_kernels, key_value_store
+from hf_fpdt.documents import Documents, documents_of
 
 CONFIGS = {"llama": tiny_llama, "neox": tiny_neox}
 LOSS = 2e-6

@@ -1,6 +1,6 @@
 """
-Random documents, padding, shapes and settings against runs of one document each. A failure is a case in which streaming and eager
-differ; hypothesis prints the smallest it finds. `pytest -m slow tests/test_documents_fuzz.py` tries thousands.
+Random documents, padding, shapes and settings against runs of one document each. A failure is a case in which streaming and
+eager differ; hypothesis prints the smallest it finds. `pytest -m slow tests/test_documents_fuzz.py` tries thousands.
 """
 
 from itertools import pairwise
@@ -8,9 +8,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from tests.reference import tiny_llama, tiny_neox
-from tests.test_documents import STORES, assert_alone
+from reference import tiny_llama, tiny_neox
+from test_documents import STORES, assert_alone
 
 
 @st.composite

@@ -46,7 +46,12 @@ SETTINGS = [
 
 
 def batch_of(seq_len: int = 46, kind: str = "all") -> dict:
-    """Labels of all tokens, of a few, or of the first only, so that some shards have none."""
+    """Labels of all tokens, of a few, or of the first only, so that some shards have none; or one row of packed documents."""
+    if kind == "packed":
+        batch = make_batch(1, seq_len)
+        batch["position_ids"] = torch.cat([torch.arange(n) for n in (11, 1, 20, 2, seq_len - 34)])[None]
+        batch["labels"][batch["position_ids"] == 0] = -100
+        return batch
     batch = make_batch(seq_len=seq_len)
     if kind == "few":
         batch["labels"][:, 5:30] = -100
@@ -85,7 +90,8 @@ def _train(rank: int, jobs: list) -> list:
 def check(ranks: int, jobs: list):
     found = run_ranks(_train, ranks, jobs, timeout=240)
     for index, (family, settings, kind, seq_len) in enumerate(jobs):
-        want_loss, want = loss_and_gradients(make_model(FAMILIES[family](), "eager"), batch_of(seq_len, kind))
+        plain = make_model(FAMILIES[family](), "eager")
+        want_loss, want = loss_and_gradients(plain, batch_of(seq_len, kind), use_cache=False)  # a cache lets documents leak
         for loss, grads in (results[index] for results in found):
             assert (loss - want_loss).abs() <= LOSS_TOLERANCE[torch.float32] * want_loss.abs(), (family, settings, kind)
             assert_gradients_close(grads, want, TOLERANCE[torch.float32])
@@ -111,6 +117,13 @@ def test_labels_and_lengths(ranks):
     check(ranks, [*jobs, *(("llama", {"chunk_size": size}, "few", 45) for size in (1, 7, 45, 100, "auto"))])
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_packed_documents(ranks):
+    """Borders inside of chunks and shards, a document of one token, one over several chunks, padding to a common length."""
+    jobs = [("llama", settings, "packed", 47) for settings in SETTINGS]
+    check(ranks, [*jobs, ("neox", {}, "packed", 46), *(("llama", {"chunk_size": size}, "packed", 45) for size in (1, 9, 100))])
+
+
 # What cannot be right, refused on every rank
 
 
@@ -121,9 +134,17 @@ def _refused(rank: int, change: str) -> str:
     batch = batch_of(48)
     if change == "length on rank 1" and rank == 1:
         batch = batch_of(40)
+    if "document" in change or change == "seq_idx":
+        batch = batch_of(48, "packed")
     shard = shard_of(batch, FPDTConfig(chunk_size=8) if change == "chunk_size" else config, rank, group.size())
     if change == "no positions on rank 0" and rank == 0:
         del shard["position_ids"]
+    if change == "documents of rank 1" and rank == 1:
+        shard["cu_seq_lens_q"] = shard["cu_seq_lens_k"] = torch.tensor([0, 48])
+    if change == "positions of a document" and rank == 1:
+        shard["position_ids"][0, 5] += 1
+    if change == "seq_idx":
+        shard["seq_idx"] = torch.arange(24)[None]
     if change == "labels":
         del shard["shift_labels"]
     try:
@@ -142,6 +163,9 @@ def _refused(rank: int, change: str) -> str:
         ("no positions on rank 0", "differ in the fit of their position_ids .rank 0: no position_ids, rank 1: None"),
         ("chunk_size", "position_ids of which .* are not where chunks of 16 tokens have them"),
         ("labels", "labels were given without shift_labels"),
+        ("documents of rank 1", "differ in .*their documents .rank 0: 5 with checksum .*, rank 1: None"),
+        ("positions of a document", "rank 1: position_ids of which 2 are not where chunks of 16 tokens have them"),
+        ("seq_idx", "seq_idx asks for padding or documents in a shard of a sequence"),
     ],
 )
 def test_refused_on_every_rank(change, message):
