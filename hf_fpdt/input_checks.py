@@ -22,8 +22,8 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
         The documents that padding and packing make of the rows, None if every row is one.
 
     Raises:
-        ValueError: for inputs without tokens, prepared masks, attention outputs, `nn.DataParallel`, and in a sequence-parallel
-            group for a mask or `seq_idx` of a shard.
+        ValueError: for inputs without tokens, prepared masks, outputs of attention or routers, `nn.DataParallel`, and in a
+            sequence-parallel group for a mask or `seq_idx` of a shard.
     """
     name = type(model).__name__
     weight = next(model.parameters(), None)
@@ -37,6 +37,12 @@ def check_streamable(model: PreTrainedModel, arguments: dict[str, Any], tokens: 
         raise ValueError(
             f'{name}: output_attentions=True needs the full attention matrix; attn_implementation="fpdt" never has it. '
             'Set output_attentions=False, or use attn_implementation="eager".'
+        )
+    if arguments.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
+        raise ValueError(
+            f"{name}: output_router_logits=True asks for the routers' logits of whole layers, which "
+            'attn_implementation="fpdt" does not have: the auxiliary loss would have no gradient. Set '
+            'output_router_logits=False (no auxiliary loss), or use attn_implementation="sdpa".'
         )
     if 0 in tokens.shape[:2]:
         raise ValueError(

@@ -266,6 +266,9 @@ def _models_in(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
+_TOKEN_MIXERS = ("Mamba", "DeltaNet", "LinearAttention", "Recurrent", "LightningAttention")
+
+
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The streamable layers that belong to this model and to no model inside it, in order."""
     layers = [module for module in _own_modules(model) if isinstance(module, GradientCheckpointingLayer)]
@@ -276,7 +279,19 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
             f"{type(model).__name__} mixes {len(causal)} causal attention layers with {len(layers) - len(causal)} others "
             f'({", ".join(others)}); attn_implementation="fpdt" needs every layer to have one causal attention.'
         )
+    for layer in causal:
+        mixer = next((module for module in layer.modules() if _mixes_tokens(module)), None)
+        if mixer is not None:
+            raise ValueError(
+                f"{type(model).__name__}: {type(layer).__name__} has {type(mixer).__name__}, through which tokens see others "
+                'besides attention; attn_implementation="fpdt" runs a layer chunk by chunk and would cut it. Use another one.'
+            )
     return causal
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """State-space models, linear attention and convolutions along the sequence."""
+    return isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in type(module).__name__ for word in _TOKEN_MIXERS)
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:

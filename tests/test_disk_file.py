@@ -30,6 +30,7 @@ from hf_fpdt import disk_file as disk_file_module
 from hf_fpdt import nameless_file
 from hf_fpdt.attention_kernels import NaiveKernel
 from hf_fpdt.disk_file import DiskCopy, DiskFile, DiskFileError, DiskSpaceError, disk_file_for
+from hf_fpdt.documents import Documents
 from hf_fpdt.free_list import cut, join, tightest
 from hf_fpdt.host_arena import HostArena, HostMemoryError
 from hf_fpdt.key_value_store import ResidentStore, StreamedStore
@@ -212,11 +213,11 @@ def test_random_use_on_streams(cuda, file, seed):
     use_at_random(cuda, file, random.Random(seed))
 
 
-def run_store(store_class, keep):
+def run_store(store_class, keep, *settle):
     """K and V of a layer through both passes; every result."""
     torch.manual_seed(3)
     spans, kernel, scale, results = [(0, 10), (10, 20), (20, 27)], NaiveKernel(), 0.3, []
-    store = store_class(spans, keep)
+    store = store_class(spans, Documents.whole(2, 27).segments(spans), keep, *settle)
     queries, outs = [], []
     for index, (start, stop) in enumerate(spans):
         query, key, value = (torch.randn(2, stop - start, heads, 8) for heads in (4, 2, 2))
@@ -236,8 +237,9 @@ def run_store(store_class, keep):
 @pytest.mark.parametrize("store_class", [ResidentStore, StreamedStore])
 def test_keys_and_values_of_a_layer(cuda, file, store_class):
     for _ in range(2):  # the second time in used space
-        results = run_store(store_class, partial(DiskCopy, cuda, file))
-        assert all(same(a, b) for a, b in zip(results, run_store(store_class, KeptTensor), strict=True))
+        settle = [cuda.settle] if store_class is StreamedStore else []
+        results = run_store(store_class, partial(DiskCopy, cuda, file), *settle)
+        assert all(same(a, b) for a, b in zip(results, run_store(store_class, KeptTensor, *settle), strict=True))
     assert nothing_is_left(cuda, file)
 
 

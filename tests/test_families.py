@@ -1,0 +1,157 @@
+"""
+Every family whose attention goes through transformers' interface, against its own eager attention in fp32; and those that are
+refused. A failure means a model that trains wrongly under "fpdt", or one that is no longer refused.
+
+`python tests/test_families.py` writes docs/models.md.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed
+from test_documents import one_by_one, positions_of
+from transformers import CONFIG_MAPPING, AutoConfig
+
+COMMON = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ROUTED = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}  # fmt: skip
+LINEAR = {
+    "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "head_dim": 8,
+}  # fmt: skip
+HEADS = {"head_dim": 8}
+WINDOW = {"sliding_window": 64}  # longer than the sequence; a shorter one is refused
+MODEL_CODE, MIXED = "has attention code of its own", "mixes .* causal attention layers with .* others"
+
+# By model_type: what its configuration needs besides the common part.
+EXACT = {
+    "apertus": {}, "arcee": {}, "bitnet": {}, "cohere": {}, "cohere2": WINDOW, "cwm": HEADS | WINDOW,
+    "deepseek_v2": LATENT | ROUTED, "deepseek_v3": LATENT | ROUTED, "dots1": ROUTED, "ernie4_5": HEADS, "exaone4": WINDOW,
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2}, "gemma": HEADS,
+    "gemma2": HEADS | WINDOW | {"attn_logit_softcapping": None}, "gemma3_text": HEADS | WINDOW, "glm": HEADS, "glm4": HEADS,
+    "glm4_moe": HEADS | ROUTED, "gpt2": GPT2, "gpt_bigcode": GPT2,
+    "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0}, "granite": {},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2}, "helium": HEADS, "hunyuan_v1_dense": HEADS,
+    "hunyuan_v1_moe": HEADS | {"num_experts": 4, "moe_topk": 2}, "llama": {},
+    "minimax_m2": HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ministral": HEADS | WINDOW, "mistral": {"sliding_window": None}, "mixtral": {"num_local_experts": 4}, "nemotron": {},
+    "olmo": {}, "olmo2": {}, "olmo3": WINDOW, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "persimmon": {}, "phi": {},
+    "phi3": {}, "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}, "qwen2": {},
+    "qwen2_moe": EXPERTS | WINDOW | {"shared_expert_intermediate_size": 24, "use_sliding_window": True}, "qwen3": HEADS,
+    "qwen3_moe": EXPERTS | HEADS, "seed_oss": HEADS | {"attention_dropout": 0.0, "residual_dropout": 0.0}, "smollm3": {},
+    "stablelm": {}, "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0} | WINDOW,
+    "vaultgemma": HEADS | WINDOW | {"attn_logit_softcapping": None},
+}  # fmt: skip
+REFUSED = {
+    "bloom": ({}, MODEL_CODE), "falcon": ({}, MODEL_CODE), "gpt_neo": (
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, MODEL_CODE),
+    "gptj": (GPT2 | {"rotary_dim": 8}, MODEL_CODE), "mamba": ({}, MODEL_CODE), "mpt": ({}, MODEL_CODE),
+    "diffllama": ({}, "calls attention more than once"),
+    "falcon_h1": (
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        "through which tokens see others besides attention"),
+    "gpt_oss": (HEADS | WINDOW | {"num_local_experts": 4}, "attention sinks"),
+    "gemma2": (HEADS | WINDOW, "attention score softcapping"),
+    "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}, MIXED),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, MIXED),
+    "minimax": (HEADS | {"num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]}, MIXED),
+    "mistral": ({"sliding_window": 16}, "Sliding-window or chunked attention over 16 tokens"),
+    "mixtral": ({"num_local_experts": 4, "output_router_logits": True}, "auxiliary loss would have no gradient"),
+    "qwen3_moe": (EXPERTS | HEADS | {"output_router_logits": True}, "auxiliary loss would have no gradient"),
+    "qwen3_next": (EXPERTS | LINEAR | {"shared_expert_intermediate_size": 24}, MIXED),
+}  # fmt: skip
+NEWER = ("diffllama", "nemotron")
+# Gradients that are zero by symmetry, and all rounding, or of experts that no token chose.
+MAY_BE_ZERO = ("k_proj.bias", "router", "gate", "experts")
+
+
+def config_of(family, overrides):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
+    if family in NEWER and int(transformers.__version__.split(".")[1]) < 17:
+        pytest.skip(f"{family} has attention code of its own in this version of transformers")
+    return AutoConfig.for_model(family, **{**COMMON, **overrides})
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_exact(family):
+    """Dense, packed and padded; in ragged chunks and in one."""
+    config = config_of(family, EXACT[family])
+    plain, streamed = make_model(config, "eager"), {chunk: make_streamed(config, chunk) for chunk in (17, 64)}
+    batch = make_batch(2, 47)
+    mask = torch.ones(2, 47, dtype=torch.long)
+    mask[1, :9] = 0
+    padded = batch | {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, -100)}
+    padded["labels"][1, 9] = -100  # predicted by padding
+    rows = [[(0, 20), (20, 21), (21, 47)], [(0, 47)]]
+    *alone, labels = one_by_one(plain, batch["input_ids"], rows)  # eager lets documents see each other in some families
+    packed = batch | {"position_ids": positions_of(rows, 47), "labels": labels}
+    for case, given in {"dense": batch, "padded": padded, "packed": packed}.items():
+        want, want_grads = alone if case == "packed" else loss_and_gradients(plain, given)
+        for chunk, model in streamed.items():
+            got, grads = loss_and_gradients(model, given)
+            assert abs(got - want) <= 2e-6 * want, (case, chunk)
+            assert_gradients_close(grads, want_grads, may_be_zero=MAY_BE_ZERO)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused(family):
+    overrides, message = REFUSED[family]
+    config = config_of(family, overrides)
+    with pytest.raises(ValueError, match=message):
+        make_streamed(config, 17)(**make_batch(2, 47))
+
+
+INTRODUCTION = """# Models
+
+Written by `python tests/test_families.py`. The test suite trains a tiny model of each family with its own eager attention and
+with fpdt, in ragged chunks and in one, in fp32, and compares the loss (2e-6) and every gradient (1e-5): one text a row,
+padding on the left, and packed documents (against a run of each document alone). Families that are not here and take
+attention from transformers' interface run the same code, untested."""
+
+
+def table() -> str:
+    lines = [
+        *INTRODUCTION.splitlines(), "", "| `model_type` | |", "|---|---|",
+        *(f"| `{family}` | exact{_how(family)} |" for family in sorted(EXACT)), "",
+        "Refused with a `ValueError`, before or in the first forward:", "", "| `model_type` | because |", "|---|---|",
+        *(f"| `{family}` | {_reason(family)} |" for family in sorted(REFUSED)), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _how(family: str) -> str:
+    return ", with a window no shorter than the sequence" if EXACT[family].get("sliding_window") else ""
+
+
+def _reason(family: str) -> str:
+    overrides, message = REFUSED[family]
+    asked = [f"`{name}={value}`" for name, value in overrides.items() if name in ("sliding_window", "output_router_logits")]
+    told = re.sub(r" \.\*", " ...", message)
+    return f"{told}" + (f" ({asked[0]})" if asked and family in ("mistral", "mixtral", "qwen3_moe") else "")
+
+
+def test_the_documented_table_is_this_one():
+    assert DOCUMENT.read_text() == table()
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    DOCUMENT.write_text(table())
