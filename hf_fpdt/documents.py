@@ -6,7 +6,8 @@ none is padding: nobody sees it and it sees nothing. Documents are numbers and n
 chunk, over slices of tensors that are there anyway, and keys of other documents are neither fetched nor multiplied.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -79,13 +80,13 @@ class Documents:
 
     def segments(self, spans: Sequence[Document]) -> list[list[Segment]]:
         """Of every chunk."""
-        return [[segment for rows, row in self._rows for segment in _segments(rows, row, span)] for span in spans]
-
-
-def _segments(rows: slice, documents: Iterable[Document], chunk: Document) -> Iterable[Segment]:
-    for start, stop in documents:
-        if start < chunk[1] and stop > chunk[0]:
-            yield Segment(rows, max(start, chunk[0]), min(stop, chunk[1]), start)
+        found: list[list[Segment]] = [[] for _ in spans]
+        for rows, row in self._rows:
+            starts, ends = [start for start, _ in row], [stop for _, stop in row]
+            for chunk, segments in zip(spans, found, strict=True):
+                for start, stop in row[bisect_right(ends, chunk[0]) : bisect_left(starts, chunk[1])]:
+                    segments.append(Segment(rows, max(start, chunk[0]), min(stop, chunk[1]), start))
+        return found
 
 
 def documents_of(name: str, arguments: dict[str, Any], batch_size: int, seq_len: int) -> Documents | None:
