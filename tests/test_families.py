@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed
+from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama
 from test_documents import one_by_one, positions_of
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -107,6 +107,30 @@ def test_exact(family):
             got, grads = loss_and_gradients(model, given)
             assert abs(got - want) <= 2e-6 * want, (case, chunk)
             assert_gradients_close(grads, want_grads, may_be_zero=MAY_BE_ZERO)
+
+
+SHORT = 16  # tokens that the model was trained on; the test has 47
+ROPE = {
+    "linear": {"factor": 2.0}, "dynamic": {"factor": 2.0}, "yarn": {"factor": 4.0},
+    "longrope": {"factor": 4.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 4.0]},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_rotary_tables_are_those_of_the_whole_sequence(kind):
+    """Not those of a chunk, which is short."""
+    rope, length = {"rope_type": kind, "rope_theta": 10000.0, **ROPE[kind]}, SHORT
+    if kind in ("yarn", "longrope", "llama3"):
+        rope, length = rope | {"original_max_position_embeddings": SHORT}, 4 * SHORT
+    config, batch = tiny_llama(max_position_embeddings=length, rope_parameters=rope), make_batch(2, 47)
+    want, want_grads = loss_and_gradients(make_model(config, "eager"), batch)
+    plain, _ = loss_and_gradients(make_model(tiny_llama(), "eager"), batch)
+    assert abs(plain - want) > 1e-4 * want  # it makes a difference
+    for chunk in (10, 64):
+        got, grads = loss_and_gradients(make_streamed(config, chunk), batch)
+        assert abs(got - want) <= 2e-6 * want
+        assert_gradients_close(grads, want_grads)
 
 
 @pytest.mark.parametrize("family", REFUSED)
