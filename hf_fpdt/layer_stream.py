@@ -65,7 +65,7 @@ class SavedLayer:
     def __init__(self, call: LayerCall, x: Tensor, previous: "SavedLayer | None"):
         self.call = call
         self.previous = previous
-        self.unchanged = UnchangedModule(call.module, call.name)
+        self.unchanged: UnchangedModule | None = None
         self.keeps = call.placement.keeps
         if self.keeps == "nothing" and (previous is None or previous.output() is not x):
             self.keeps = "input"  # something between the layers made x: it cannot be had again from the layer below
@@ -99,6 +99,8 @@ class SavedLayer:
         self.attention.append((self.call.keep_here(out), self.call.keep_here(lse)))
 
     def end_forward(self) -> None:
+        # As the layer leaves them: adapters on the parameters of experts set these anew at every call.
+        self.unchanged = UnchangedModule(self.call.module, self.call.name)
         if self.keeps in ("input", "nothing"):
             self.store.release()
         else:
