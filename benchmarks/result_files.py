@@ -20,6 +20,14 @@ def header(module: str, out: str, gpu: str) -> dict:
     return found | {"date": time.strftime("%Y-%m-%d"), "gpu": gpu}
 
 
+def write_rows(module: str, path: str, rows: list[dict]) -> None:
+    """What one call found so far; whole at any moment."""
+    gpu = next((row["gpu"] for row in rows if "gpu" in row), "unknown")
+    with open(path + ".part", "w") as file:
+        json.dump({"header": header(module, path, gpu), "rows": rows}, file, indent=1)
+    os.replace(path + ".part", path)
+
+
 def _commit() -> str:
     words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -50,7 +58,11 @@ def read_rows(paths: Iterable[str | Path]) -> list[dict]:
 
 def table(rows: list[dict]) -> list[str]:
     """A line for each row."""
-    return [f"{row['contender']:>12} {row['seq_len']:>9,} tokens, {row['layers']:>2} layers: {_found(row)}" for row in rows]
+    return [f"{_who(row):>12} {row['seq_len']:>9,} tokens, {row['layers']:>2} layers: {_found(row)}" for row in rows]
+
+
+def _who(row: dict) -> str:
+    return row["contender"] + (f" on {row['gpus']}" if "gpus" in row else "")
 
 
 def _found(row: dict) -> str:

@@ -12,12 +12,11 @@ a crash, and a point that the time limit kept from starting are rows.
 import argparse
 import itertools
 import json
-import os
 import time
 
 from .ahead import Outcome, run_ahead
 from .point import Spec, command
-from .result_files import header, table
+from .result_files import table, write_rows
 
 
 def main():
@@ -33,7 +32,7 @@ def main():
         rows.append(row_of(spec, outcome, args.time_limit))
         print(table(rows[-1:])[0], flush=True)
         if args.out:
-            _write(args.out, rows)
+            write_rows("train_step", args.out, rows)
     print("\n".join(["", *table(rows)]))
 
 
@@ -96,13 +95,6 @@ def row_of(spec: Spec, outcome: Outcome | None, time_limit: float | None) -> dic
     if outcome.returncode:
         row["exit_status"] = outcome.returncode
     return row | {"process_s": round(outcome.seconds, 1)}
-
-
-def _write(path: str, rows: list[dict]) -> None:
-    gpu = next((row["gpu"] for row in rows if "gpu" in row), "unknown")
-    with open(path + ".part", "w") as file:
-        json.dump({"header": header("train_step", path, gpu), "rows": rows}, file, indent=1)
-    os.replace(path + ".part", path)  # whole at any moment
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from .config import FPDTConfig
 from .engines import (
     check_shares_sequences,
     deepspeed_config,
-    gather_whole_layers,
     gradient_factor,
     replace_sequence_parallelism,
     sequence_parallel_groups,
     zero_stage,
 )
 from .global_loss import sequence_parallel_loss
-from .modeling import apply_fpdt, config_of, is_streamed, sp_group_of, streamed_models, transformers_model
+from .modeling import apply_fpdt, config_of, is_streamed, sp_group_of, transformers_model
 from .plugin import resolve_settings
 from .sharded_loader import ShardedDataLoader, skip_first_batches
 
@@ -98,8 +97,6 @@ def _set_up(model: nn.Module, accelerator: AcceleratorState, group: dist.Process
     handler = getattr(accelerator.parallelism_config, "sp_handler", None)
     config = resolve_settings(config_of(base), handler, deepspeed_config(accelerator).get("fpdt"))
     apply_fpdt(model, config, sp_group=group)
-    if zero_stage(accelerator) == 3:
-        gather_whole_layers(model, [layer for _, layers in streamed_models(base) for layer in layers])
     return config
 
 

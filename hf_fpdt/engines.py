@@ -4,6 +4,8 @@ What depends on the engine that trains: DeepSpeed's ZeRO stages, FSDP2, DDP. The
 One function owns the factor that gradients need, one makes the process groups, one keeps ZeRO-3 from gathering per chunk.
 """
 
+import os
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -114,12 +116,29 @@ def sequence_parallel_groups(sp_size: int) -> ModuleType:
 
 def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """
-    Makes ZeRO-3 gather the weights of each of these layers once a pass, however often the layer runs in it. To be called before
-    `deepspeed.initialize`.
+    Makes ZeRO-3 gather the weights of each of these layers once a pass, however often the layer runs in it, if this process may
+    get it: it was started for DeepSpeed, or has imported it. To be called before `deepspeed.initialize`.
     """
+    if "deepspeed" not in sys.modules and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda one: one.__name__))
+
+
+def check_gathered_whole(layer: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: for a layer whose weights ZeRO-3 sharded without `gather_whole_layers`: it would gather them chunk by chunk,
+            and its backward finds them gone.
+    """
+    sharded = any(hasattr(weight, "ds_id") for weight in layer.parameters())
+    if sharded and not getattr(layer, "_z3_leaf", False):
+        raise ValueError(
+            f"{type(layer).__name__} was sharded by ZeRO-3 before hf_fpdt knew of it, and its weights would be gathered for "
+            "every module of every chunk. In a loop of your own call hf_fpdt.apply_fpdt(model) before Accelerator.prepare or "
+            "deepspeed.initialize; Trainer needs nothing."
+        )
 
 
 def replace_sequence_parallelism(attention: type, loader: Any) -> None:

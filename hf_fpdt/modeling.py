@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .attention_interface import NAME, uses_attention_interface
 from .config import FPDTConfig
-from .engines import check_is_shared
+from .engines import check_gathered_whole, check_is_shared, gather_whole_layers
 from .head_exchange import HeadExchange, NoExchange
 from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
@@ -58,7 +58,8 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
     if not isinstance(config, FPDTConfig):
         raise ValueError(f"apply_fpdt(config=...) got {type(config).__name__}; an FPDTConfig is needed.")
     _check_class(type(base))
-    if not streamed_models(base):
+    streamed = streamed_models(base)
+    if not streamed:
         raise ValueError(_no_layers(base))
     sp_group = sp_group if sp_group is not None and sp_group.size() > 1 else None
     if sp_group is not None:
@@ -71,6 +72,7 @@ def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=N
         attach(owner)
         owner.__dict__[_CONFIG], owner.__dict__[_SP_GROUP] = config, sp_group
         forget_plans(owner)
+    gather_whole_layers(model, [layer for _, layers in streamed for layer in layers])
     return model
 
 
@@ -138,6 +140,7 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
             check_shard_labels(model, arguments)
         with chunked_loss(model, arguments):
             return forward(**arguments)
+    check_gathered_whole(layers[0])
     tokens, config, exchange = _input_tokens(model, arguments), config_of(model), exchange_of(model)
     documents = check_streamable(model, arguments, tokens, exchange.size)
     layout = layout_of(tokens, config, exchange.size)

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import LlamaForCausalLM
 
 import hf_fpdt  # makes "fpdt" known
-from benchmarks import ballast, chunk_sizes, contenders, growth, overlap, point, train_step
+from benchmarks import ballast, chunk_sizes, contenders, growth, overlap, point, shared_point, shared_step, train_step
 from benchmarks.ahead import Outcome, run_ahead
 from benchmarks.overlap import hidden_fraction, marks_of, read_lanes, union
 from benchmarks.point import Spec
@@ -179,6 +179,70 @@ def test_a_command_on_a_cpu(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[:3] == lines[4:]
     assert "failed: ValueError" in lines[-1]
+
+
+def test_a_shared_command_on_cpus(tmp_path):
+    """Two launches under ZeRO-3, one process and two that share the sequence: the same loss and gradient norm."""
+    out = tmp_path / "out.json"
+    words = "--shape tiny --device cpu --contenders fpdt --gpus 1,2 --seq-lens 256 --layers 2 --repeats 1"
+    words = [*words.split(), "--fpdt", '{"chunk_size": 64}', "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.shared_step", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone, both = read_calls(out)[0]["rows"]
+    assert (alone["gpus"], both["gpus"]) == (1, 2)
+    assert alone["losses"] == pytest.approx(both["losses"], rel=1e-3)
+    assert len(both["losses"]) == 2
+    assert alone["engine"]["zero_stage"] == both["engine"]["zero_stage"] == 3
+    assert alone["engine"]["grad_norm"] == pytest.approx(both["engine"]["grad_norm"], rel=1e-2)
+    assert "fpdt on 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contender": "alst"}, "'alst'; one of fpdt, fpdt[+]liger, ulysses, ulysses[+]liger, ring"),
+        ({"contender": "ring", "gpus": 1}, "ring on one GPU shares nothing"),
+        ({"shape": "gpt"}, "--shape gpt"),
+        ({"gpus": 0}, "one layer, one GPU"),
+    ],
+)
+def test_shared_points_that_cannot(options, message):
+    good = {"contender": "fpdt", "gpus": 2, "seq_len": 64, "shape": "tiny", "layers": 1}
+    shared_point.SharedSpec(**good)
+    with pytest.raises(ValueError, match=message):
+        shared_point.SharedSpec(**(good | options))
+
+
+def test_one_gpu_is_measured_for_hf_fpdt_alone():
+    words = ["--contenders", "ring,fpdt", "--gpus", "1,2", "--fpdt", '[{"chunk_size": 4}, {}]']
+    specs = shared_step.specs_of(shared_step._arguments(words))
+    assert [(spec.contender, spec.gpus, spec.fpdt) for spec in specs] == [
+        ("ring", 2, {}),
+        *(("fpdt", gpus, fpdt) for gpus in (1, 2) for fpdt in ({"chunk_size": 4}, {})),
+    ]
+
+
+def test_a_trace_tells_the_communication_apart():
+    """Hidden is what ran under compute; another collective is not compute."""
+
+    def kernel(name: str, start: float, stop: float) -> dict:
+        return {"cat": "kernel", "name": name, "ts": start * 1e6, "dur": (stop - start) * 1e6}
+
+    copy = {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)", "ts": 0.0, "dur": 4e6, "args": {"bytes": 2 << 20}}
+    events = [
+        kernel("gemm", 0, 2),
+        kernel("ncclDevKernel_SendRecv(x)", 1, 3),
+        kernel("ncclDevKernel_AllGather_RING_LL(x)", 2, 6),
+        kernel("gemm", 5, 6),
+        copy,
+    ]
+    found = shared_point.trace_summary({"traceEvents": events})
+    assert found["compute"]["seconds"] == pytest.approx(3)
+    assert found["all-to-all"] == {"seconds": pytest.approx(2), "hidden": pytest.approx(0.5)}
+    assert found["engine"] == {"seconds": pytest.approx(4), "hidden": pytest.approx(0.25)}
+    assert found["to host"] == {"seconds": pytest.approx(4), "hidden": pytest.approx(0.5)}
+    assert found["to device"]["hidden"] is None
 
 
 # One point

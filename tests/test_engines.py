@@ -75,6 +75,20 @@ def test_a_loop_that_was_not_prepared(monkeypatch):
     model.eval()(input_ids=ids, labels=ids)  # evaluation takes whole sequences
 
 
+def test_weights_that_would_be_gathered_for_every_chunk():
+    """A loop of one's own under ZeRO-3 on one process: DeepSpeed sharded the model before hf_fpdt saw it."""
+    model = make_model(tiny_llama()).train()
+    model.set_attn_implementation("fpdt")
+    ids = torch.arange(20)[None]
+    for weight in model.parameters():
+        weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"LlamaDecoderLayer was sharded by ZeRO-3 .* call hf_fpdt.apply_fpdt.model. before"):
+        model(input_ids=ids, labels=ids)
+    for layer in model.model.layers:
+        layer._z3_leaf = True
+    model(input_ids=ids, labels=ids)
+
+
 def test_a_loss_function_that_trainer_leaves_out():
     class Trainer:
         def __init__(self, compute_loss_func):
