@@ -1,24 +1,28 @@
 """What transformers calls: the attention function and the mask function registered under the name "fpdt"."""
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from .attention_kernels import ScoreRule
 from .layer_chunk import active_chunk
 from .streamed_pass import active_pass
 
 NAME = "fpdt"
 
-# Arguments by which models ask for more than scaled causal attention, and what asks for them.
-_UNSUPPORTED_FEATURES = {
-    "softcap": "attention score softcapping",
-    "s_aux": "attention sinks",
-    "position_bias": "an additive attention bias",
-}
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Goes through the model in place of a mask, from `fpdt_mask` to `fpdt_attention`. Tokens as `ScoreRule.window`."""
+
+    tokens: int
 
 
 def register() -> None:
@@ -32,20 +36,25 @@ def fpdt_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | SlidingWindow | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
     The attention of every layer of a model with `attn_implementation="fpdt"`.
 
-    Inside of a streamed layer it attends the active chunk to everything before it. Anywhere else (generation with a cache,
-    a forward that returns one) it is transformers' SDPA attention.
+    Inside of a streamed layer it attends the active chunk to everything before it, or as far back as the layer's window.
+    Anywhere else (generation with a cache, a forward that returns one) it is transformers' SDPA attention, or where that has
+    not what the layer asks for, the definition.
 
     Args:
         query: `[batch, heads, queries, head_dim]`, after rotary embedding.
         key, value: `[batch, kv_heads, keys, dim]`, not repeated over the heads of a group.
+        softcap: as in `ScoreRule`.
+        s_aux: sinks, as in `Chunk.attend`.
 
     Returns:
         `out [batch, queries, heads, value_dim]`, and None for the attention weights.
@@ -53,10 +62,12 @@ def fpdt_attention(
     Raises:
         ValueError: for attention that is not plain scaled causal attention, naming the feature.
     """
-    for name, feature in _UNSUPPORTED_FEATURES.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(_unsupported(module, f"{feature} ({name})"))
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(_unsupported(module, "an additive attention bias (position_bias)"))
     chunk = active_chunk()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if chunk is None and (softcap is not None or s_aux is not None):
+        return _masked_attention(query, key, value, attention_mask, ScoreRule(scale, softcap), s_aux, dropout), None
     if chunk is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout:
@@ -66,31 +77,62 @@ def fpdt_attention(
         )
     if not getattr(module, "is_causal", True):
         raise ValueError(_unsupported(module, "bidirectional attention (is_causal=False)"))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = attention_mask.tokens if isinstance(attention_mask, SlidingWindow) else None
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return chunk.attend(query, key, value, scale), None
+    return chunk.attend(query, key, value, ScoreRule(scale, softcap, window), s_aux), None
 
 
-def fpdt_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule, sinks: Tensor | None, dropout: float
+) -> Tensor:
+    """With a cap on the scores or sinks, and SDPA's mask: None is causal for equally many queries and keys. Not streamed."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].nan_to_num()  # padding sees nothing
+    weights = nn.functional.dropout(weights, dropout).to(value.dtype)
+    return (weights @ value).transpose(1, 2)
+
+
+def fpdt_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | SlidingWindow | None:
     """
-    Mask of a model with `attn_implementation="fpdt"`: none while the model streams (causality is built in, and inputs that
-    would need more were refused), else that of SDPA.
+    Mask of a model with `attn_implementation="fpdt"`: while the model streams none, or what tells a layer of its window
+    (causality is built in, and inputs that would need more were refused), else that of SDPA.
     """
     streamed = active_pass()
     if streamed is None:
         return sdpa_mask(*args, local_size=local_size, **kwargs)
-    if local_size is None and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+    mask_function = kwargs.get("mask_function", causal_mask_function)
+    if local_size is None:
+        known = mask_function is causal_mask_function
+    else:
+        known = _is_window(mask_function, local_size, streamed.seq_len, kwargs.get("device", "cpu"))
+    if not known:
         raise ValueError(
-            "A mask other than the causal one was asked for (or_mask_function, and_mask_function or block_sequence_ids), which "
-            'attn_implementation="fpdt" does not support. Use attn_implementation="sdpa" for this model.'
+            "A mask other than a causal one or a sliding window was asked for (chunked attention, or_mask_function, "
+            'and_mask_function or block_sequence_ids), which attn_implementation="fpdt" does not support for a sequence of '
+            f'{streamed.seq_len} tokens. Use attn_implementation="sdpa" for this model.'
         )
-    if local_size is not None and local_size < streamed.seq_len:
-        raise ValueError(
-            f"Sliding-window or chunked attention over {local_size} tokens is not supported with "
-            f'attn_implementation="fpdt" for a sequence of {streamed.seq_len} tokens. Use sequences of at most '
-            f'{local_size} tokens, set config.sliding_window = None, or use attn_implementation="sdpa".'
-        )
-    return None
+    return None if local_size is None or local_size >= streamed.seq_len else SlidingWindow(local_size)
+
+
+def _is_window(mask_function: Callable, window: int, seq_len: int, device: torch.device | str) -> bool:
+    """Whether it lets tokens see the `window` last ones; asked around the border of some tokens."""
+    places = {0, 1, window - 1, window, window + 1, 2 * window, seq_len // 2, seq_len - 1}
+    query = torch.tensor(sorted(place for place in places if 0 <= place < seq_len), device=device)[:, None]
+    key = query + torch.tensor([-window - 1, -window, 1 - window, 2 - window, -1, 0, 1], device=device)
+    key = key.clamp(0, seq_len - 1)
+    none = torch.zeros_like(key)
+    seen = mask_function(none, none, query.expand_as(key), key)
+    return bool((seen == ((key <= query) & (key > query - window))).all())
 
 
 def _unsupported(module: nn.Module, feature: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention_kernels import AttentionKernel
+from .attention_kernels import AttentionKernel, ScoreRule
 from .documents import Document, Segment
 from .online_softmax import merge_attention
 
@@ -26,23 +26,25 @@ def attend_segments(
     value: Tensor,
     segments: Sequence[Segment],
     chunk: Document,
-    scale: float,
+    rule: ScoreRule,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """
     Args:
         query: `[batch, chunk, heads, head_dim]`.
-        key, value: `[batch, keys, kv_heads, head_dim | value_dim]`, every position from 0, at least to the end of the chunk.
+        key, value: `[batch, keys, kv_heads, head_dim | value_dim]`, every position from `first`, at least to the chunk's end.
         segments: of the chunk. Queries in none see nothing: their out is 0.
         chunk: the positions of the queries.
-        scale: factor on the scores before the softmax.
+        rule: how scores are made.
+        first: position of the first key; no segment sees one before it.
 
     Returns:
         `out [batch, chunk, heads, value_dim]` and `lse [batch, heads, chunk]`.
     """
-    pieces, whole = [], (0, key.shape[1])
+    pieces, whole = [], (first, first + key.shape[1])
     for segment in segments:
         keys = segment.keys(whole)
-        pieces.append(attend_prefix(kernel, query[segment.queries(chunk)], key[keys], value[keys], scale))
+        pieces.append(attend_prefix(kernel, query[segment.queries(chunk)], key[keys], value[keys], rule))
     return join_segments(pieces, segments, chunk, query, value.shape[-1])
 
 
@@ -56,9 +58,10 @@ def attend_segments_backward(
     lse: Tensor,
     segments: Sequence[Segment],
     chunk: Document,
-    scale: float,
+    rule: ScoreRule,
     grad_key: Tensor,
     grad_value: Tensor,
+    first: int = 0,
 ) -> Tensor:
     """
     Gradient of `attend_segments`. Adds to `grad_key` and `grad_value`, both fp32 (fp64) and shaped like `key` and `value`.
@@ -66,11 +69,11 @@ def attend_segments_backward(
     Returns:
         `grad_query`, shaped like `query`.
     """
-    pieces, whole = [], (0, key.shape[1])
+    pieces, whole = [], (first, first + key.shape[1])
     for segment in segments:
         keys = segment.keys(whole)
         part_grad, part, part_out, part_lse = query_parts(segment, chunk, grad_out, query, out, lse)
-        some = (key[keys], value[keys], part_out, part_lse, scale, grad_key[keys], grad_value[keys])
+        some = (key[keys], value[keys], part_out, part_lse, rule, grad_key[keys], grad_value[keys])
         pieces.append(attend_prefix_backward(kernel, part_grad, part, *some))
     return join_queries(pieces, segments, chunk, query)
 
@@ -108,21 +111,21 @@ def join_queries(pieces: Sequence[Tensor], segments: Sequence[Segment], chunk: D
     return grad_query
 
 
-def attend_prefix(kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, scale: float):
+def attend_prefix(kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule):
     """
     Args:
         query: `[batch, chunk, heads, head_dim]`, the last `chunk` positions of `key`.
-        key, value: `[batch, stop, kv_heads, head_dim | value_dim]`, every position from 0 to the end of the chunk.
-        scale: factor on the scores before the softmax.
+        key, value: `[batch, keys, kv_heads, head_dim | value_dim]`, next to each other, to the end of the chunk.
+        rule: how scores are made. A kernel that has windows aligns causality with the last key.
 
     Returns:
         `out [batch, chunk, heads, value_dim]` and `lse [batch, heads, chunk]`.
     """
-    start = key.shape[1] - query.shape[1]
+    start, rule = key.shape[1] - query.shape[1], rule.over(key.shape[1])
     if start == 0 or kernel.aligns_last:
-        return kernel.forward(query, key, value, causal=True, scale=scale)
-    earlier = kernel.forward(query, key[:, :start], value[:, :start], causal=False, scale=scale)
-    diagonal = kernel.forward(query, key[:, start:], value[:, start:], causal=True, scale=scale)
+        return kernel.forward(query, key, value, rule, causal=True)
+    earlier = kernel.forward(query, key[:, :start], value[:, :start], rule, causal=False)
+    diagonal = kernel.forward(query, key[:, start:], value[:, start:], rule, causal=True)
     return merge_attention(*earlier, *diagonal)
 
 
@@ -134,7 +137,7 @@ def attend_prefix_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
+    rule: ScoreRule,
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> Tensor:
@@ -144,10 +147,13 @@ def attend_prefix_backward(
     Returns:
         `grad_query`, shaped like `query`.
     """
-    grad_query = None
-    for keys, causal in _backward_pieces(query.shape[1], key.shape[1], kernel.aligns_last):
+    grad_query, rule = None, rule.over(key.shape[1])
+    pieces = [(slice(None), True)]  # inside of a window the keys are few
+    if rule.window is None:
+        pieces = _backward_pieces(query.shape[1], key.shape[1], kernel.aligns_last)
+    for keys, causal in pieces:
         piece_query, piece_key, piece_value = kernel.backward(
-            grad_out, query, key[:, keys], value[:, keys], out, lse, causal=causal, scale=scale
+            grad_out, query, key[:, keys], value[:, keys], out, lse, rule, causal=causal
         )
         grad_key[:, keys] += piece_key
         grad_value[:, keys] += piece_value

@@ -26,8 +26,8 @@ class Segment:
     Args:
         rows: of the batch.
         start, stop: positions of its queries.
-        first: position of the first key that they see, where their document starts. Before `start` only if `start` is also that
-            of the chunk.
+        first: position of the first key that any of them sees: where their document starts, or inside of it the window of the
+            first of them. Before `start` only if `start` is also that of the chunk.
     """
 
     rows: slice
@@ -78,14 +78,16 @@ class Documents:
         """One document a row."""
         return cls([[(0, seq_len)]] * batch_size)
 
-    def segments(self, spans: Sequence[Document]) -> list[list[Segment]]:
-        """Of every chunk."""
+    def segments(self, spans: Sequence[Document], window: int | None = None) -> list[list[Segment]]:
+        """Of every chunk; `window` as in `ScoreRule`."""
         found: list[list[Segment]] = [[] for _ in spans]
         for rows, row in self._rows:
             starts, ends = [start for start, _ in row], [stop for _, stop in row]
             for chunk, segments in zip(spans, found, strict=True):
                 for start, stop in row[bisect_right(ends, chunk[0]) : bisect_left(starts, chunk[1])]:
-                    segments.append(Segment(rows, max(start, chunk[0]), min(stop, chunk[1]), start))
+                    begin = max(start, chunk[0])
+                    first = start if window is None else max(start, begin - window + 1)
+                    segments.append(Segment(rows, begin, min(stop, chunk[1]), first))
         return found
 
 

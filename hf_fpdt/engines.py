@@ -119,11 +119,17 @@ def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     Makes ZeRO-3 gather the weights of each of these layers once a pass, however often the layer runs in it, if this process may
     get it: it was started for DeepSpeed, or has imported it. To be called before `deepspeed.initialize`.
     """
-    if "deepspeed" not in sys.modules and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if sys.modules.get("deepspeed") is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda one: one.__name__))
+
+
+def gather_parts_of_layers(layers: Iterable[nn.Module]) -> None:
+    """Undoes `gather_whole_layers`."""
+    for layer in layers:
+        layer.__dict__.pop("_z3_leaf", None)
 
 
 def check_gathered_whole(layer: nn.Module) -> None:

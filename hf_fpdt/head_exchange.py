@@ -88,6 +88,9 @@ class NoExchange:
 
     group, size, rank = None, 1, 0
 
+    def own_heads(self, heads: int) -> slice:
+        return slice(None)
+
     def scatter(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return query, key, value
 
@@ -109,6 +112,10 @@ class HeadExchange:
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+
+    def own_heads(self, heads: int) -> slice:
+        """Which of the query heads this rank attends with."""
+        return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
 
     def scatter(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Before attention, in one all-to-all. The key and value heads are those that the query heads attend to, in groups."""

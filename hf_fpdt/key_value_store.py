@@ -8,9 +8,11 @@ chunk first, `attend_backward` (and `attend` again if attention was not saved), 
                One attention call (or two) a chunk; K and V wait on the host between the passes.
     streamed   one block a chunk, on the host from the moment it is complete. Attention of chunk i fetches blocks 0..i, each
                while the one before it is computed, and merges them by their lse. In the backward the fp32 sums of grad_K and
-               grad_V make the same round trip. O(chunk) on the device; O(seq_len^2 / chunk) over the link.
+               grad_V make the same round trip. O(chunk) on the device; O(seq_len^2 / chunk) over the link. Under a window, the
+               blocks that it reaches together: O(chunk + window), and O(seq_len) over the link.
 
-Queries see the keys of their own document. Blocks in which no query of a chunk sees one are neither fetched nor multiplied.
+Queries see the keys of their own document, as far back as the layer's window. Blocks in which no query of a chunk sees one are
+neither fetched nor multiplied.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .attention_kernels import AttentionKernel
+from .attention_kernels import AttentionKernel, ScoreRule
 from .causal_attention import attend_segments, attend_segments_backward, join_queries, join_segments, query_parts
 from .documents import Segment
 from .online_softmax import merge_attention
@@ -26,6 +28,7 @@ from .transfers import HostCopy, KeptTensor
 
 Span = tuple[int, int]
 Keep = Callable[[Tensor], "KeptTensor | HostCopy"]
+Segments = Callable[[int | None], Sequence[Sequence[Segment]]]  # of every chunk, for a window
 
 
 class ResidentStore:
@@ -33,10 +36,10 @@ class ResidentStore:
     K and V whole on the device while a pass runs.
 
     Args:
-        segments: of every chunk.
+        segments: of every chunk, by the window of a rule.
     """
 
-    def __init__(self, spans: Sequence[Span], segments: Sequence[Sequence[Segment]], keep: Keep):
+    def __init__(self, spans: Sequence[Span], segments: Segments, keep: Keep):
         self._spans, self._segments, self._keep = spans, segments, keep
         self._key: Tensor | None = None
         self._value: Tensor | None = None
@@ -50,9 +53,10 @@ class ResidentStore:
         start, stop = self._spans[index]
         self._key[:, start:stop], self._value[:, start:stop] = key, value
 
-    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
         """Out and lse of a chunk of queries over everything that they see."""
-        return attend_segments(kernel, query, self._key, self._value, self._segments[index], self._spans[index], scale)
+        where = self._segments(rule.window)[index], self._spans[index]
+        return attend_segments(kernel, query, self._key, self._value, *where, rule)
 
     def end_forward(self) -> None:
         """Puts away what the backward needs."""
@@ -69,15 +73,15 @@ class ResidentStore:
         wide = torch.promote_types(self._key.dtype, torch.float32)
         self._grads = tuple(torch.zeros_like(t, dtype=wide) for t in (self._key, self._value))
 
-    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, scale: float):
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule):
         """
         Gradients of a chunk's query, key and value, the latter complete: chunks after it have run already. Adds to those of
         the keys before it.
         """
         start, stop = self._spans[index]
-        where = self._segments[index], (start, stop)
+        where = self._segments(rule.window)[index], (start, stop)
         grad_query = attend_segments_backward(
-            kernel, grad_out, query, self._key, self._value, out, lse, *where, scale, *self._grads
+            kernel, grad_out, query, self._key, self._value, out, lse, *where, rule, *self._grads
         )
         return grad_query, *(grad[:, start:stop].to(self._key.dtype) for grad in self._grads)
 
@@ -93,11 +97,11 @@ class StreamedStore:
     K and V in blocks on the host, one a chunk; the device holds the block in use and the next.
 
     Args:
-        segments: of every chunk.
+        segments: of every chunk, by the window of a rule.
         settle: makes compute wait for copies to the host, so that the device's memory is free.
     """
 
-    def __init__(self, spans: Sequence[Span], segments: Sequence[Sequence[Segment]], keep: Keep, settle: Callable[[], None]):
+    def __init__(self, spans: Sequence[Span], segments: Segments, keep: Keep, settle: Callable[[], None]):
         self._spans, self._segments, self._keep, self._settle = spans, segments, keep, settle
         self._blocks: list[tuple] = []  # per chunk: kept K and V
         self._grads: dict[int, tuple] = {}  # per chunk: kept sums of grad_K and grad_V, once there are any
@@ -106,10 +110,13 @@ class StreamedStore:
         self._blocks.append((self._keep(key), self._keep(value)))
         self._value_dim = value.shape[-1]
 
-    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        chunk, segments = self._spans[index], self._segments[index]
+    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
+        chunk, segments = self._spans[index], self._segments(rule.window)[index]
+        first = self._first_block(index, segments)
+        if rule.window is not None:
+            key, value = self._together(first, index)
+            return attend_segments(kernel, query, key, value, segments, chunk, rule, self._spans[first][0])
         pieces: list[tuple | None] = [None] * len(segments)
-        first = self._first_block(index)
         for position, (key, value) in _in_order(self._blocks[first : index + 1]):
             block = first + position
             for number, segment in enumerate(segments):
@@ -117,16 +124,21 @@ class StreamedStore:
                 if keys is None:
                     continue
                 part = query[segment.queries(chunk)]
-                out, lse = kernel.forward(part, key[keys], value[keys], causal=block == index, scale=scale)
+                out, lse = kernel.forward(part, key[keys], value[keys], rule, causal=block == index)
                 merged = pieces[number]  # in fp32: one rounding, at the end
                 pieces[number] = (out.to(lse.dtype), lse) if merged is None else merge_attention(*merged, out, lse)
         out, lse = join_segments(pieces, segments, chunk, query, self._value_dim)
         return out.to(query.dtype), lse
 
-    def _first_block(self, index: int) -> int:
+    def _first_block(self, index: int, segments: Sequence[Segment]) -> int:
         """The first block of which a chunk's queries see something; its own if they see nothing."""
-        first = min((segment.first for segment in self._segments[index]), default=self._spans[index][0])
+        first = min((segment.first for segment in segments), default=self._spans[index][0])
         return next(block for block, (_, stop) in enumerate(self._spans) if first < stop)
+
+    def _together(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V of several blocks, each in one tensor."""
+        blocks = [tensors for _, tensors in _in_order(self._blocks[first : last + 1])]
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
 
     def end_forward(self) -> None:
         """Nothing to do: every block was put away when it was complete."""
@@ -138,11 +150,13 @@ class StreamedStore:
     def begin_backward(self) -> None:
         self._grads = {}
 
-    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, scale: float):
-        chunk, segments = self._spans[index], self._segments[index]
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule):
+        chunk, segments = self._spans[index], self._segments(rule.window)[index]
+        first, wide = self._first_block(index, segments), torch.promote_types(query.dtype, torch.float32)
+        if rule.window is not None:
+            return self._attend_backward_together(kernel, first, index, grad_out, query, out, lse, segments, rule, wide)
         parts = [query_parts(segment, chunk, grad_out, query, out, lse) for segment in segments]
         grad_queries: list[Tensor | None] = [None] * len(segments)
-        first = self._first_block(index)
         groups = [(*self._blocks[block], *self._grads.get(block, ())) for block in range(first, index + 1)]
         for position, (key, value, *sums) in _in_order(groups):
             block = first + position
@@ -152,18 +166,37 @@ class StreamedStore:
                     continue
                 part_grad, part, part_out, part_lse = parts[number]
                 piece, *grads = kernel.backward(
-                    part_grad, part, key[keys], value[keys], part_out, part_lse, causal=block == index, scale=scale
+                    part_grad, part, key[keys], value[keys], part_out, part_lse, rule, causal=block == index
                 )
-                wide = torch.promote_types(query.dtype, torch.float32)
                 grad_queries[number] = piece.to(wide) if grad_queries[number] is None else grad_queries[number].add_(piece)
                 sums = _added(sums, grads, keys, (key, value), wide)
             if block < index:
                 self._replace_sums(block, sums)
-        for kept in groups[-1]:
-            kept.release()
-        self._settle()  # sums that are on their way, but for this, stay until something else is copied
+        self._release_block(index)
         sums = sums or (key.new_zeros(key.shape), value.new_zeros(value.shape))  # of padding alone
         return join_queries(grad_queries, segments, chunk, query), *(total.to(key.dtype) for total in sums)
+
+    def _attend_backward_together(self, kernel, first: int, index: int, grad_out, query, out, lse, segments, rule, wide):
+        key, value = self._together(first, index)
+        grads = tuple(torch.zeros_like(tensor, dtype=wide) for tensor in (key, value))
+        start = self._spans[first][0]
+        where = segments, self._spans[index], rule
+        grad_query = attend_segments_backward(kernel, grad_out, query, key, value, out, lse, *where, *grads, start)
+        for block in range(first, index + 1):
+            begin, stop = self._spans[block]
+            for kept, grad in zip(self._grads.get(block, ()), grads, strict=False):
+                grad[:, begin - start : stop - start] += kept.get()
+            if block < index:
+                self._replace_sums(block, [grad[:, begin - start : stop - start] for grad in grads])
+        self._release_block(index)
+        begin = self._spans[index][0] - start
+        return grad_query, *(grad[:, begin:].to(key.dtype) for grad in grads)
+
+    def _release_block(self, index: int) -> None:
+        """Gives back a block whose chunk is done."""
+        for kept in (*self._blocks[index], *self._grads.get(index, ())):
+            kept.release()
+        self._settle()  # sums that are on their way, but for this, stay until something else is copied
 
     def _replace_sums(self, block: int, totals: list[Tensor]) -> None:
         for kept in self._grads.get(block, ()):

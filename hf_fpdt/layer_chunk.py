@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .documents import Segment
+from .attention_kernels import AttentionKernel, ScoreRule
 from .head_exchange import HeadExchange, NoExchange
 from .kernel_choice import choose_kernel
-from .key_value_store import ResidentStore, StreamedStore
+from .key_value_store import ResidentStore, Segments, StreamedStore
 from .memory_model import LayerPlacement
+from .online_softmax import sinks_grad, with_sinks
 from .places import Places
 from .run_state import autocast_dtype, no_autocast
 
@@ -50,7 +51,7 @@ class LayerCall:
         arguments: for a span `(start, stop)`, the keyword arguments of that chunk.
         spans: `(start, stop)` of every chunk in what this process has of the sequence, in order.
         store_spans: the same in the whole sequence. They differ in a sequence-parallel group.
-        segments: of every chunk of the whole sequence: what its queries see.
+        segments: of every chunk of the whole sequence, by window: what its queries see.
         exchange: between the processes of the group.
         kernel: kernel name as in `FPDTConfig`.
         placement: what is kept for the backward, and where.
@@ -64,7 +65,7 @@ class LayerCall:
     arguments: Callable[[tuple[int, int]], dict[str, Any]]
     spans: Sequence[tuple[int, int]]
     store_spans: Sequence[tuple[int, int]]
-    segments: Sequence[Sequence[Segment]]
+    segments: Segments
     exchange: NoExchange | HeadExchange
     kernel: str
     placement: LayerPlacement
@@ -110,8 +111,15 @@ class Chunk:
         self.call, self.index, self.span, self.store = call, index, call.spans[index], store
         self.attended = False
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """`[batch, chunk, heads | kv_heads, dim]` each, after rotary embedding; returns `out`, shaped like `query`."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule, sinks: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            query, key, value: `[batch, chunk, heads | kv_heads, dim]`, after rotary embedding.
+            sinks: `[heads]`: the score of one more key a head, that has no value.
+
+        Returns:
+            `out [batch, chunk, heads, value_dim]`.
+        """
         if self.attended:
             raise ValueError(
                 f"{self.call.name} calls attention more than once, so it cannot be streamed. "
@@ -126,19 +134,37 @@ class Chunk:
                 f"{self.call.name}: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they must have one "
                 "dtype. Load the model in one dtype, or run it under autocast (bf16=True)."
             )
-        kernel = choose_kernel(self.call.kernel, query.device, query.dtype, query.shape[-1], value.shape[-1])
+        sizes = (query.device, query.dtype, query.shape[-1], value.shape[-1])
+        how = Attention(choose_kernel(self.call.kernel, *sizes, rule.features), rule, sinks)
         with no_autocast(query.device.type):
-            return self._attend(kernel, query, key, value, scale)
+            return self._attend(how, query, key, value)
 
-    def _attend(self, kernel, query, key, value, scale):
+    def _attend(self, how: "Attention", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _attend_first(self, kernel, query, key, value, scale) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend_first(self, how: "Attention", query, key, value) -> tuple[Tensor, Tensor, Tensor]:
         """Stores K and V and attends: the query, out and lse of all tokens of the chunk and this process's heads."""
         query, key, value = self.call.exchange.scatter(query, key, value)
         query = query.contiguous()
         self.store.append(self.index, key, value)
-        return query, *self.store.attend(kernel, self.index, query, scale)
+        return query, *self._attend_to_stored(how, query)
+
+    def _attend_to_stored(self, how: "Attention", query: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = self.store.attend(how.kernel, self.index, query, how.rule)
+        return (out, lse) if how.sinks is None else with_sinks(out, lse, self.own_sinks(how))
+
+    def own_sinks(self, how: "Attention") -> Tensor:
+        """Of this process's heads."""
+        return how.sinks.detach()[self.call.exchange.own_heads(how.sinks.shape[0])]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How the heads of a layer attend; `sinks` as in `Chunk.attend`."""
+
+    kernel: AttentionKernel
+    rule: ScoreRule
+    sinks: Tensor | None
 
 
 class ForwardChunk(Chunk):
@@ -153,8 +179,8 @@ class ForwardChunk(Chunk):
         super().__init__(call, index, store)
         self._keep = keep
 
-    def _attend(self, kernel, query, key, value, scale):
-        _, out, lse = self._attend_first(kernel, query, key, value, scale)
+    def _attend(self, how, query, key, value):
+        _, out, lse = self._attend_first(how, query, key, value)
         if self._keep is not None:
             self._keep(out, lse)
         return self.call.exchange.gather_heads(out)
@@ -163,10 +189,10 @@ class ForwardChunk(Chunk):
 class GraphChunk(Chunk):
     """The same with gradients: its graph is kept and no second run follows."""
 
-    def _attend(self, kernel, query, key, value, scale):
+    def _attend(self, how, query, key, value):
         with torch.no_grad():
-            found = self._attend_first(kernel, query, key, value, scale)
-        return _SavedAttention.apply(query, key, value, *found, (self, kernel, scale))
+            found = self._attend_first(how, query, key, value)
+        return _SavedAttention.apply(query, key, value, how.sinks, *found, (self, how))
 
 
 class BackwardChunk(Chunk):
@@ -181,14 +207,14 @@ class BackwardChunk(Chunk):
         super().__init__(call, index, store)
         self._kept = kept
 
-    def _attend(self, kernel, query, key, value, scale):
+    def _attend(self, how, query, key, value):
         with torch.no_grad():
             own_query = self.call.exchange.scatter_heads(query).contiguous()
             if self._kept is not None:
                 out, lse = (kept.get() for kept in self._kept)
             else:
-                out, lse = self.store.attend(kernel, self.index, own_query, scale)
-        return _SavedAttention.apply(query, key, value, own_query, out, lse, (self, kernel, scale))
+                out, lse = self._attend_to_stored(how, own_query)
+        return _SavedAttention.apply(query, key, value, how.sinks, own_query, out, lse, (self, how))
 
 
 class _SavedAttention(torch.autograd.Function):
@@ -197,22 +223,28 @@ class _SavedAttention(torch.autograd.Function):
 
     Args:
         query, key, value: of this process's tokens.
+        sinks: of all heads, or None.
         own_query, out, lse: of all tokens of the chunk and this process's heads.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, own_query, out, lse, how):
+    def forward(ctx, query, key, value, sinks, own_query, out, lse, chunk_and_how):
         ctx.save_for_backward(own_query, out, lse)
-        ctx.how, ctx.kv_heads = how, key.shape[2]
-        out = how[0].call.exchange.gather_heads(out)
+        ctx.chunk_and_how, ctx.kv_heads = chunk_and_how, key.shape[2]
+        out = chunk_and_how[0].call.exchange.gather_heads(out)
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         own_query, out, lse = ctx.saved_tensors
-        chunk, kernel, scale = ctx.how
+        chunk, how = ctx.chunk_and_how
         exchange = chunk.call.exchange
         grad_out = exchange.scatter_heads(grad_out).contiguous()
-        grads = chunk.store.attend_backward(kernel, chunk.index, grad_out, own_query, out, lse, scale)
-        return *exchange.gather_grads(*grads, ctx.kv_heads), None, None, None, None
+        grads = chunk.store.attend_backward(how.kernel, chunk.index, grad_out, own_query, out, lse, how.rule)
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            grad_sinks = torch.zeros_like(how.sinks)  # of the other heads: other processes have them
+            own = exchange.own_heads(how.sinks.shape[0])
+            grad_sinks[own] = sinks_grad(grad_out, out, lse, how.sinks[own]).to(how.sinks.dtype)
+        return *exchange.gather_grads(*grads, ctx.kv_heads), grad_sinks, None, None, None, None

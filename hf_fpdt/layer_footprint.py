@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention_kernels import AttentionKernel
+from .attention_kernels import AttentionKernel, ScoreRule
 from .causal_attention import MAX_BACKWARD_KEYS
 from .footprint import MemoryRecorder, footprint_of
 from .kernel_memory import AttentionProblem, backward_bytes
@@ -76,7 +76,7 @@ class _NoAttention:
     def append(self, index: int, key: Tensor, value: Tensor) -> None:
         self._key, self._value = key.shape, value.shape
 
-    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, kernel: AttentionKernel, index: int, query: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
         batch, queries, heads, head_dim = query.shape
         kv_heads, value_dim = self._value[2:]
         self.kernel = kernel
@@ -86,7 +86,7 @@ class _NoAttention:
         wide = torch.promote_types(query.dtype, torch.float32)
         return query.new_zeros(batch, queries, heads, value_dim), query.new_zeros(batch, heads, queries, dtype=wide)
 
-    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, scale: float):
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule):
         self.recorder.mark(ATTENTION_BACKWARD)
         return torch.zeros_like(query), query.new_zeros(self._key), query.new_zeros(self._value)
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .attention_interface import NAME, uses_attention_interface
 from .config import FPDTConfig
-from .engines import check_gathered_whole, check_is_shared, gather_whole_layers
+from .engines import check_gathered_whole, check_is_shared, gather_parts_of_layers, gather_whole_layers
 from .head_exchange import HeadExchange, NoExchange
 from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
@@ -90,6 +90,7 @@ def restore(model: nn.Module) -> nn.Module:
         forget_plans(owner)
         for attribute in (_CONFIG, _PREVIOUS, _SP_GROUP):
             owner.__dict__.pop(attribute, None)
+    gather_parts_of_layers(module for module in base.modules() if isinstance(module, GradientCheckpointingLayer))
     for module in base.modules():
         restore_forward(module)
     return model

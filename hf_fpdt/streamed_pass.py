@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .documents import Documents
+from .documents import Documents, Segment
 from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .layer_chunk import LayerCall, outside_of_chunks
 from .layer_footprint import footprint_of_layer
@@ -39,10 +39,16 @@ class StreamedPass:
         self.plan, self.kernel, self.places, self.exchange = plan, kernel, places, exchange
         self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
         self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
-        documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
-        self.segments = documents.segments(self.store_spans)
+        self._documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
+        self._segments: dict[int | None, list[list[Segment]]] = {}
         self.last_saved: SavedLayer | None = None
         self._layers_run = 0
+
+    def segments(self, window: int | None) -> list[list[Segment]]:
+        """Of every chunk, in a layer with this window."""
+        if window not in self._segments:
+            self._segments[window] = self._documents.segments(self.store_spans, window)
+        return self._segments[window]
 
     def next_placement(self) -> LayerPlacement:
         """That of the layer that runs now; a model that calls more layers than it has gives the others that of the last."""
@@ -62,7 +68,7 @@ class StreamedPass:
 class MeasuringPass:
     """A forward of a few tokens that runs no layer, but takes the footprint of each kind of layer; in order in `layers`."""
 
-    stream_kv, places, segments = False, None, ()  # nothing is kept and nobody attends
+    stream_kv, places, segments = False, None, None  # nothing is kept and nobody attends
 
     def __init__(self, local_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
         self.local_len, self.seq_len = local_len, local_len * exchange.size

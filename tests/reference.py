@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, GptOssConfig, LlamaConfig, MistralConfig
 
 from hf_fpdt import FPDTConfig, apply_fpdt
+from hf_fpdt.attention_kernels import ScoreRule
 from hf_fpdt.footprint import ALLOCATE, FREE, MemoryRecorder
 
 # Largest difference of a tensor from the reference, relative to the largest entry of the reference. fp32 and fp64 allow for
@@ -20,13 +21,17 @@ SEQ_LEN = 48
 VOCAB = 97
 
 
-def tiny_llama(**overrides) -> LlamaConfig:
-    """Llama: 2 layers, 4 heads of 8 over 2 kv heads."""
-    settings = {
+def _shape() -> dict[str, int]:
+    """2 layers, 4 heads of 8 over 2 kv heads."""
+    return {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    return LlamaConfig(**{**settings, **overrides})
+
+
+def tiny_llama(**overrides) -> LlamaConfig:
+    """Llama: 2 layers, 4 heads of 8 over 2 kv heads."""
+    return LlamaConfig(**{**_shape(), **overrides})
 
 
 def tiny_neox(*, rotary: float = 0.25, **overrides) -> GPTNeoXConfig:
@@ -37,6 +42,22 @@ def tiny_neox(*, rotary: float = 0.25, **overrides) -> GPTNeoXConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary},
     }  # fmt: skip
     return GPTNeoXConfig(**{**settings, **overrides})
+
+
+def tiny_mistral(**overrides) -> MistralConfig:
+    """The Llama, with a window of 11 tokens in every layer."""
+    return MistralConfig(**(_shape() | {"sliding_window": 11} | overrides))
+
+
+def tiny_gemma2(**overrides) -> Gemma2Config:
+    """A layer with a window of 11 tokens and one without, both with capped scores."""
+    settings = {"head_dim": 8, "sliding_window": 11, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}
+    return Gemma2Config(**(_shape() | settings | overrides))
+
+
+def tiny_gpt_oss(**overrides) -> GptOssConfig:
+    """A layer with a window of 11 tokens and one without, both with sinks, and experts."""
+    return GptOssConfig(**(_shape() | {"head_dim": 8, "sliding_window": 11, "num_local_experts": 4} | overrides))
 
 
 @torch.no_grad()
@@ -130,7 +151,10 @@ def total_gradient_error(got: dict, truth: dict) -> float:
     return (error / sum(g.double().square().sum() for g in truth.values())).sqrt().item()
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool, softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Attention in fp64 with one softmax over all keys, in the shapes of `hf_fpdt.attention_kernels`; autograd works through it.
     Written with an explicit loop over heads and a mask of allowed pairs, so that it shares no code or idea with the kernels.
@@ -142,8 +166,10 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *
     for head in range(heads):
         kv = head * kv_heads // heads
         scores = query[:, :, head] @ key[:, :, kv].transpose(-1, -2) * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         if causal:
             allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            allowed = allowed if window is None else allowed.triu(keys - queries - window + 1)
             scores = torch.where(allowed, scores, torch.tensor(float("-inf"), dtype=scores.dtype))
         outs.append(torch.softmax(scores, dim=-1) @ value[:, :, kv])
         lses.append(scores.exp().sum(-1).log())
@@ -159,6 +185,10 @@ class Qkv:
     value: Tensor
     grad_out: Tensor
     scale: float
+
+    @property
+    def rule(self) -> ScoreRule:
+        return ScoreRule(self.scale)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

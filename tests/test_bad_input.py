@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from reference import SEQ_LEN, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
+from reference import SEQ_LEN, make_batch, make_model, make_streamed, tiny_gemma2, tiny_llama, tiny_mistral, tiny_neox
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,8 +16,6 @@ from transformers import (
     BertModel,
     BloomConfig,
     FalconConfig,
-    Gemma2Config,
-    MistralConfig,
 )  # fmt: skip
 
 import hf_fpdt
@@ -125,7 +123,7 @@ def test_mask_with_a_function_of_its_own(streamed):
 
     handle = streamed.model.layers[0].register_forward_pre_hook(ask, with_kwargs=True)
     try:
-        with pytest.raises(ValueError, match=r"A mask other than the causal one was asked for \(or_mask_function"):
+        with pytest.raises(ValueError, match=r"A mask other than a causal one or a sliding window was asked for \(chunked"):
             streamed(**make_batch(2))
     finally:
         handle.remove()
@@ -193,23 +191,36 @@ def test_bidirectional_model():
         BertModel._from_config(config, attn_implementation="fpdt").train()(torch.ones(1, 8, dtype=torch.long))
 
 
-def test_sliding_window():
-    config = MistralConfig(**SMALL, num_key_value_heads=2, intermediate_size=40, sliding_window=20, max_position_embeddings=128)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt").train()
-    with pytest.raises(
-        ValueError, match=r"attention over 20 tokens is not supported.*for a sequence of 48 tokens.*sliding_window"
-    ):
-        model(**make_batch(1, 48, 64))
-    assert torch.isfinite(model(**make_batch(1, 20, 64)).loss)
+@pytest.mark.parametrize(
+    ("config", "kernel", "message"),
+    [
+        (tiny_mistral(), "torch_cpu", r"torch_cpu has no window\. Usable here: naive; kernel=\"auto\" takes the fastest"),
+        (tiny_gemma2(), "torch_cpu", "torch_cpu has no softcap and no window|torch_cpu has no softcap"),
+    ],
+)
+def test_a_kernel_without_what_the_model_needs(config, kernel, message):
+    """Never a kernel that leaves it out, nor another one than was named."""
+    with pytest.raises(ValueError, match=message):
+        make_streamed(config, kernel=kernel)(**make_batch())
+    assert torch.isfinite(make_streamed(config)(**make_batch()).loss)
 
 
-def test_softcapped_attention():
-    config = Gemma2Config(
-        **SMALL, num_key_value_heads=2, intermediate_size=40, head_dim=8, sliding_window=512, attn_logit_softcapping=50.0
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt").train()
-    with pytest.raises(ValueError, match=r"Gemma2Attention: attention score softcapping \(softcap\) is not supported"):
-        model(**make_batch(1, 24, 64))
+def test_chunked_attention():
+    """Llama 4's: a window whose border is the same for many tokens."""
+    import transformers.masking_utils as masks
+
+    streamed = make_streamed(tiny_mistral())
+    window = masks.sliding_window_causal_mask_function
+
+    def chunked(size):
+        return masks.chunked_causal_mask_function(size, torch.zeros(2, dtype=torch.long))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "sliding_window_causal_mask_function", chunked)
+        with pytest.raises(ValueError, match=r"asked for \(chunked attention, .* for a sequence of 48 tokens"):
+            streamed(**make_batch())
+    assert window is masks.sliding_window_causal_mask_function
+    streamed(**make_batch())
 
 
 @pytest.mark.parametrize("config", ["x", 16, {"chunk_size": 16}])

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from hf_fpdt import FPDTConfig
-from hf_fpdt.attention_kernels import KERNELS
 from hf_fpdt.config import KERNEL_NAMES
+from hf_fpdt.kernel_choice import KERNELS
 
 
 def test_defaults():

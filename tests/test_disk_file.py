@@ -28,7 +28,7 @@ import torch
 
 from hf_fpdt import disk_file as disk_file_module
 from hf_fpdt import nameless_file
-from hf_fpdt.attention_kernels import NaiveKernel
+from hf_fpdt.attention_kernels import NaiveKernel, ScoreRule
 from hf_fpdt.disk_file import DiskCopy, DiskFile, DiskFileError, DiskSpaceError, disk_file_for
 from hf_fpdt.documents import Documents
 from hf_fpdt.free_list import cut, join, tightest
@@ -216,20 +216,20 @@ def test_random_use_on_streams(cuda, file, seed):
 def run_store(store_class, keep, *settle):
     """K and V of a layer through both passes; every result."""
     torch.manual_seed(3)
-    spans, kernel, scale, results = [(0, 10), (10, 20), (20, 27)], NaiveKernel(), 0.3, []
-    store = store_class(spans, Documents.whole(2, 27).segments(spans), keep, *settle)
+    spans, kernel, rule, results = [(0, 10), (10, 20), (20, 27)], NaiveKernel(), ScoreRule(0.3), []
+    store = store_class(spans, partial(Documents.whole(2, 27).segments, spans), keep, *settle)
     queries, outs = [], []
     for index, (start, stop) in enumerate(spans):
         query, key, value = (torch.randn(2, stop - start, heads, 8) for heads in (4, 2, 2))
         store.append(index, key, value)
         queries.append(query)
-        outs.append(store.attend(kernel, index, query, scale))
+        outs.append(store.attend(kernel, index, query, rule))
     store.end_forward()
     store.prefetch()
     store.begin_backward()
     for index in reversed(range(len(spans))):
         grad_out = torch.randn_like(queries[index])
-        results += store.attend_backward(kernel, index, grad_out, queries[index], *outs[index], scale)
+        results += store.attend_backward(kernel, index, grad_out, queries[index], *outs[index], rule)
     store.release()
     return [*results, *(t for pair in outs for t in pair)]
 

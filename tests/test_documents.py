@@ -22,7 +22,7 @@ from reference import (
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 
-from hf_fpdt import attention_kernels, key_value_store
+from hf_fpdt import kernel_choice, key_value_store
 from hf_fpdt.documents import Documents, documents_of
 
 CONFIGS = {"llama": tiny_llama, "neox": tiny_neox}
@@ -159,14 +159,14 @@ def test_evaluation_and_logits():
 def test_only_what_is_seen_is_multiplied(monkeypatch):
     """16 documents cost what 16 runs cost, and their K and V are not fetched by others."""
     products, fetched = [], []
-    naive = attention_kernels.KERNELS["naive"]
+    naive = kernel_choice.KERNELS["naive"]
     for call in ("forward", "backward"):
         run = getattr(type(naive), call)
 
-        def counted(self, *args, run=run, at=0 if call == "forward" else 1, causal, scale):
+        def counted(self, *args, run=run, at=0 if call == "forward" else 1, causal):
             queries, keys = args[at].shape[1], args[at + 1].shape[1]
             products.append(queries * keys - causal * queries * (queries - 1) // 2)
-            return run(self, *args, causal=causal, scale=scale)
+            return run(self, *args, causal=causal)
 
         monkeypatch.setattr(type(naive), call, counted)
     in_order = key_value_store._in_order

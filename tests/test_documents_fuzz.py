@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import tiny_llama, tiny_neox
+from reference import tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mistral, tiny_neox
 from test_documents import STORES, assert_alone
 
 
@@ -21,8 +21,13 @@ def cases(draw):
     if all(stop - start == 1 for row in rows for start, stop in row):
         rows[0] = [(0, seq_len)]  # a loss needs a document of two tokens
     kv_heads = draw(st.sampled_from([0, 1, 2, 4]))
-    config = tiny_llama(num_key_value_heads=kv_heads) if kv_heads else tiny_neox()
-    kernel = draw(st.sampled_from(["torch_cpu", "naive"]))
+    window = draw(st.sampled_from([0, 0, 0, 1, 2, 5, 9, 20]))
+    kernel = draw(st.sampled_from(["torch_cpu", "naive"])) if not window else "auto"
+    if window:
+        make = draw(st.sampled_from([tiny_mistral, tiny_gpt_oss, tiny_gemma2]))
+        config = make(num_key_value_heads=kv_heads or 4, sliding_window=window)
+    else:
+        config = tiny_llama(num_key_value_heads=kv_heads) if kv_heads else tiny_neox()
     return config, rows, seq_len, draw(st.integers(1, seq_len)), {**draw(st.sampled_from(STORES)), "kernel": kernel}
 
 

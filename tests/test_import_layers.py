@@ -23,7 +23,7 @@ LAYERS = {
     "free_list": 0, "nameless_file": 0, "unchanged": 0, "numa": 0, "global_loss": 0,
     "engines": 0, "head_exchange": 0, "group_agreement": 0,
     "host_arena": 1, "input_checks": 1, "plugin": 1, "memory_model": 1, "kernel_memory": 1,
-    "deferred_logits": 1, "causal_attention": 1, "token_stream": 1, "chunked_loss": 1, "sequence_layout": 1,
+    "deferred_logits": 1, "causal_attention": 1, "cuda_kernels": 1, "token_stream": 1, "chunked_loss": 1, "sequence_layout": 1,
     "transfers": 2, "kernel_choice": 2, "model_loss": 2, "placement": 2, "disk_file": 2, "batch_sharding": 2, "shard_checks": 2,
     "key_value_store": 3, "step_plan": 3, "places": 3, "sharded_loader": 3,
     "layer_chunk": 4,
@@ -35,7 +35,7 @@ LAYERS = {
     "run": 10, "__init__": 10,
 }  # fmt: skip
 # The only imports inside of functions: packages that may not be installed, and Trainer, which takes seconds.
-LAZY = {("attention_kernels", "flash_attn"), ("engines", "deepspeed"), ("__init__", "")}
+LAZY = {("cuda_kernels", "flash_attn"), ("engines", "deepspeed"), ("__init__", "")}
 MAX_FUNCTION_LINES, MAX_MODULE_LINES, MAX_PUBLIC_NAMES = 60, 350, 9
 
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
@@ -110,7 +110,7 @@ def test_imports_are_at_the_top(module):
 
 def test_optional_packages_have_one_importer():
     top = {module: {name.split(".")[0] for name in imports(tree) if not name.startswith(".")} for module, tree in TREES.items()}
-    allowed = {"flash_attn": {"attention_kernels"}, "triton": {"cross_entropy"}, "deepspeed": {"engines"}}
+    allowed = {"flash_attn": {"cuda_kernels"}, "triton": {"cross_entropy"}, "deepspeed": {"engines"}}
     for package in ("flash_attn", "triton", "deepspeed", "peft", "datasets"):
         importers = allowed.get(package, set())
         assert {module for module in top if package in top[module]} == importers

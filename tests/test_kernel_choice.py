@@ -6,13 +6,15 @@ silently replaced by another.
 """
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_fpdt import kernel_choice
-from hf_fpdt.attention_kernels import KERNELS, NaiveKernel
-from hf_fpdt.kernel_choice import choose_kernel
+from hf_fpdt.attention_kernels import NaiveKernel
+from hf_fpdt.kernel_choice import KERNELS, choose_kernel
 
 CPU = torch.device("cpu")
 
@@ -35,20 +37,20 @@ class _Fake(NaiveKernel):
 
 
 class _WrongScale(_Fake):
-    def forward(self, query, key, value, *, causal, scale):
-        return super().forward(query, key, value, causal=causal, scale=scale * 1.5)
+    def forward(self, query, key, value, rule, *, causal):
+        return super().forward(query, key, value, replace(rule, scale=rule.scale * 1.5), causal=causal)
 
 
 class _NotCausal(_Fake):
-    def forward(self, query, key, value, *, causal, scale):
-        return super().forward(query, key, value, causal=False, scale=scale)
+    def forward(self, query, key, value, rule, *, causal):
+        return super().forward(query, key, value, rule, causal=False)
 
 
 class _FirstAligned(_Fake):
     """Causal from the first key on, without saying so."""
 
-    def _scores(self, query, key, rows, causal, scale):
-        scores = super()._scores(query, key, rows, False, scale)
+    def _scores(self, query, key, rows, rule, causal):
+        scores = super()._scores(query, key, rows, rule, False)
         if causal:
             row = torch.arange(rows.start, rows.stop).unsqueeze(-1)
             scores = scores.masked_fill(torch.arange(key.shape[1]) > row, float("-inf"))
@@ -58,17 +60,17 @@ class _FirstAligned(_Fake):
 class _WrongHeads(_Fake):
     """Query head h reads kv head h % kv_heads."""
 
-    def forward(self, query, key, value, *, causal, scale):
+    def forward(self, query, key, value, rule, *, causal):
         order = torch.tensor([0, 2, 1, 3])
-        out, lse = super().forward(query[:, :, order], key, value, causal=causal, scale=scale)
+        out, lse = super().forward(query[:, :, order], key, value, rule, causal=causal)
         return out[:, :, order], lse[:, order]
 
 
 class _WrongLse(_Fake):
     """The output is right; the lse, in base 2, spoils only the gradients."""
 
-    def forward(self, query, key, value, *, causal, scale):
-        out, lse = super().forward(query, key, value, causal=causal, scale=scale)
+    def forward(self, query, key, value, rule, *, causal):
+        out, lse = super().forward(query, key, value, rule, causal=causal)
         return out, lse / 0.6931472
 
 
@@ -79,8 +81,8 @@ class _WrongGradient(_Fake):
 
 
 class _NaN(_Fake):
-    def forward(self, query, key, value, *, causal, scale):
-        out, lse = super().forward(query, key, value, causal=causal, scale=scale)
+    def forward(self, query, key, value, rule, *, causal):
+        out, lse = super().forward(query, key, value, rule, causal=causal)
         out[0, 0] = float("nan")
         return out, lse
 
@@ -174,6 +176,24 @@ def test_the_error_names_what_is_usable():
         ValueError, match=r"cudnn runs on CUDA devices only.*Usable here: torch_cpu, naive; kernel=\"auto\" takes"
     ):
         choose("cudnn")
+
+
+def test_the_documented_table_says_what_kernels_have():
+    text = (Path(__file__).parents[1] / "docs" / "settings.md").read_text().split("### `kernel`")[1].split("\nKeys and")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith('| `"')]
+    told = {row[0].strip('| `"'): frozenset(row[-1].strip(" |").split(", ")) - {""} for row in rows}
+    assert told == {name: kernel.features for name, kernel in KERNELS.items()}
+
+
+def test_a_slow_kernel_on_a_gpu_is_worth_a_warning(monkeypatch, caplog):
+    """As for capped scores without flash-attn."""
+    monkeypatch.setattr(kernel_choice, "_probe", lambda *args: None)
+    monkeypatch.setattr(kernel_choice, "_why_not", lambda kernel, *args: None if kernel.name == "naive" else "has no softcap")
+    with caplog.at_level(logging.WARNING, logger="hf_fpdt"):
+        choose_kernel("auto", torch.device("cuda"), torch.bfloat16, 64, 64, frozenset(["softcap"]))
+    assert (
+        "attention kernel naive for cuda, bfloat16, head_dim 64, softcap, which is slow; flash_attention_4 has" in caplog.text
+    )
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -9,9 +9,10 @@ import torch
 from reference import TOLERANCE, assert_close, difference, draw_qkv, softmax_attention
 from torch.nn import functional as F
 
-from hf_fpdt.attention_kernels import KERNELS, NaiveKernel
+from hf_fpdt.attention_kernels import NaiveKernel, ScoreRule
 from hf_fpdt.causal_attention import attend_prefix, attend_prefix_backward
 from hf_fpdt.chunking import chunk_spans
+from hf_fpdt.kernel_choice import KERNELS
 
 NAIVE, TORCH_CPU = KERNELS["naive"], KERNELS["torch_cpu"]
 HEADS = [(4, 4), (4, 2), (6, 2), (4, 1), (1, 1)]
@@ -31,11 +32,11 @@ def true_gradients(qkv, *, causal):
 def test_naive_is_the_definition(dtype, heads, kv_heads, causal):
     qkv = draw_qkv(19, 31, heads=heads, kv_heads=kv_heads, value_dim=24, dtype=dtype)
     want, want_lse = softmax_attention(*qkv.tensors, qkv.scale, causal=causal)
-    out, lse = NAIVE.forward(*qkv.tensors, causal=causal, scale=qkv.scale)
+    out, lse = NAIVE.forward(*qkv.tensors, qkv.rule, causal=causal)
     assert (out.dtype, lse.dtype) == (dtype, dtype)
     assert_close(out, want)
     assert_close(lse, want_lse)
-    grads = NAIVE.backward(qkv.grad_out, *qkv.tensors, out, lse, causal=causal, scale=qkv.scale)
+    grads = NAIVE.backward(qkv.grad_out, *qkv.tensors, out, lse, qkv.rule, causal=causal)
     for label, grad, want in zip(LABELS, grads, true_gradients(qkv, causal=causal), strict=True):
         assert_close(grad, want, what=label)
 
@@ -44,12 +45,12 @@ def test_naive_is_the_definition(dtype, heads, kv_heads, causal):
 def test_naive_by_blocks_of_rows(monkeypatch, max_scores):
     """Long inputs are worked on a block of rows at a time: one row, another row a block, a ragged last block."""
     qkv = draw_qkv(19, 31)
-    want = NAIVE.forward(*qkv.tensors, causal=True, scale=qkv.scale)
-    want += tuple(NAIVE.backward(qkv.grad_out, *qkv.tensors, *want, causal=True, scale=qkv.scale))
+    want = NAIVE.forward(*qkv.tensors, qkv.rule, causal=True)
+    want += tuple(NAIVE.backward(qkv.grad_out, *qkv.tensors, *want, qkv.rule, causal=True))
     monkeypatch.setattr(NaiveKernel, "max_scores", max_scores)
     assert len(NAIVE._row_blocks(qkv.query, qkv.key)) > 1
-    got = NAIVE.forward(*qkv.tensors, causal=True, scale=qkv.scale)
-    got += tuple(NAIVE.backward(qkv.grad_out, *qkv.tensors, *got, causal=True, scale=qkv.scale))
+    got = NAIVE.forward(*qkv.tensors, qkv.rule, causal=True)
+    got += tuple(NAIVE.backward(qkv.grad_out, *qkv.tensors, *got, qkv.rule, causal=True))
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 1e-6)
 
@@ -57,7 +58,7 @@ def test_naive_by_blocks_of_rows(monkeypatch, max_scores):
 def test_naive_handles_scores_beyond_exp():
     """Scores of +-1000: exp would overflow, the log-sum-exp must not."""
     qkv = draw_qkv(5, 7, heads=1, kv_heads=1)
-    out, lse = NAIVE.forward(qkv.query * 1e3, qkv.key, qkv.value, causal=False, scale=1.0)
+    out, lse = NAIVE.forward(qkv.query * 1e3, qkv.key, qkv.value, ScoreRule(1.0), causal=False)
     scores = torch.einsum("bqhd,bkhd->bhqk", qkv.query.double() * 1e3, qkv.key.double())
     assert scores.abs().max() > 1000
     assert_close(lse, torch.logsumexp(scores, -1).float(), 1e-5)
@@ -72,8 +73,8 @@ def test_torch_cpu_agrees_with_naive(dtype, heads, kv_heads, causal):
     qkv = draw_qkv(19, keys, heads=heads, kv_heads=kv_heads, dtype=dtype)
     results = []
     for kernel in (TORCH_CPU, NAIVE):
-        out, lse = kernel.forward(*qkv.tensors, causal=causal, scale=qkv.scale)
-        results.append((out, lse, *kernel.backward(qkv.grad_out, *qkv.tensors, out, lse, causal=causal, scale=qkv.scale)))
+        out, lse = kernel.forward(*qkv.tensors, qkv.rule, causal=causal)
+        results.append((out, lse, *kernel.backward(qkv.grad_out, *qkv.tensors, out, lse, qkv.rule, causal=causal)))
     for label, got, want in zip(("out", "lse", *LABELS), *results, strict=True):
         assert got.dtype == want.dtype
         assert_close(got, want, TOLERANCE[dtype], label)
@@ -88,7 +89,7 @@ def test_backward_adds_up_over_blocks_of_keys(kernel):
     grad_query, pieces = 0, []
     for start, stop in ((0, 11), (11, 30), (30, 40)):
         grads = kernel.backward(
-            qkv.grad_out, qkv.query, qkv.key[:, start:stop], qkv.value[:, start:stop], out, lse, causal=False, scale=qkv.scale
+            qkv.grad_out, qkv.query, qkv.key[:, start:stop], qkv.value[:, start:stop], out, lse, qkv.rule, causal=False
         )
         grad_query = grad_query + grads[0]
         pieces.append(grads[1:])
@@ -104,7 +105,7 @@ def run_chunks(kernel, qkv, spans):
     forward = []
     for start, stop in spans:
         forward.append(
-            attend_prefix(kernel, qkv.query[:, start:stop].contiguous(), qkv.key[:, :stop], qkv.value[:, :stop], qkv.scale)
+            attend_prefix(kernel, qkv.query[:, start:stop].contiguous(), qkv.key[:, :stop], qkv.value[:, :stop], qkv.rule)
         )
     grad_queries = []
     for (start, stop), (out, lse) in reversed(list(zip(spans, forward, strict=True))):
@@ -117,7 +118,7 @@ def run_chunks(kernel, qkv, spans):
                 qkv.value[:, :stop],
                 out,
                 lse,
-                qkv.scale,
+                qkv.rule,
                 grad_key[:, :stop],
                 grad_value[:, :stop],
             )
@@ -163,9 +164,9 @@ def test_backward_in_several_calls(monkeypatch, kernel, max_keys):
 def test_backward_adds_to_what_is_there(kernel):
     """Later chunks have put their part into grad_key and grad_value already."""
     qkv = draw_qkv(10, 30, dtype=torch.float64)
-    out, lse = attend_prefix(kernel, *qkv.tensors, qkv.scale)
+    out, lse = attend_prefix(kernel, *qkv.tensors, qkv.rule)
     grad_key, grad_value = torch.full_like(qkv.key, 5.0), torch.full_like(qkv.value, -7.0)
-    grad_query = attend_prefix_backward(kernel, qkv.grad_out, *qkv.tensors, out, lse, qkv.scale, grad_key, grad_value)
+    grad_query = attend_prefix_backward(kernel, qkv.grad_out, *qkv.tensors, out, lse, qkv.rule, grad_key, grad_value)
     want = true_gradients(qkv, causal=True)
     assert_close(grad_query, want[0])
     assert_close(grad_key - 5.0, want[1])

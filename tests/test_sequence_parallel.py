@@ -19,7 +19,10 @@ from reference import (
     loss_and_gradients,
     make_batch,
     make_model,
+    tiny_gemma2,
+    tiny_gpt_oss,
     tiny_llama,
+    tiny_mistral,
     tiny_neox,
 )  # fmt: skip
 
@@ -33,6 +36,9 @@ FAMILIES = {
     "llama, 3 key/value heads": lambda: tiny_llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8),
     "llama, 1 key/value head": lambda: tiny_llama(num_key_value_heads=1),
     "neox": tiny_neox,
+    "mistral": tiny_mistral,
+    "gemma2": tiny_gemma2,
+    "gpt_oss": tiny_gpt_oss,
 }
 SETTINGS = [
     {},
@@ -78,7 +84,7 @@ def _train(rank: int, jobs: list) -> list:
     group, results = dist.group.WORLD, []
     for family, settings, kind, seq_len in jobs:
         config = FPDTConfig(**{"chunk_size": 14, **settings})
-        model = apply_fpdt(make_model(FAMILIES[family]()), config, sp_group=group)
+        model = apply_fpdt(make_model(FAMILIES[family](), "eager"), config, sp_group=group)
         loss = step(model, shard_of(batch_of(seq_len, kind), config, rank, group.size()), group)
         grads = gradients(model)
         for grad in grads.values():
@@ -94,7 +100,7 @@ def check(ranks: int, jobs: list):
         want_loss, want = loss_and_gradients(plain, batch_of(seq_len, kind), use_cache=False)  # a cache lets documents leak
         for loss, grads in (results[index] for results in found):
             assert (loss - want_loss).abs() <= LOSS_TOLERANCE[torch.float32] * want_loss.abs(), (family, settings, kind)
-            assert_gradients_close(grads, want, TOLERANCE[torch.float32])
+            assert_gradients_close(grads, want, TOLERANCE[torch.float32], may_be_zero=("router", "experts"))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -103,7 +109,7 @@ def test_settings(ranks):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "families"), [(2, list(FAMILIES)), (3, ["llama, 3 key/value heads"]), (4, ["llama", "neox"])]
+    ("ranks", "families"), [(2, list(FAMILIES)), (3, ["llama, 3 key/value heads"]), (4, ["llama", "neox", "gpt_oss"])]
 )
 def test_families(ranks, families):
     """With key/value heads that several ranks need, and ranks that need parts of their groups."""

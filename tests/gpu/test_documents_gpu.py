@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_fpdt
-from hf_fpdt.attention_kernels import KERNELS
+from hf_fpdt.kernel_choice import KERNELS
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [700, 1, 1, 129, 1500, 64, 1, 676, 1024]

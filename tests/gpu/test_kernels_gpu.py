@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hf_fpdt import kernel_choice
-from hf_fpdt.attention_kernels import KERNELS
+from hf_fpdt.attention_kernels import ScoreRule
 from hf_fpdt.causal_attention import attend_prefix, attend_prefix_backward
 from hf_fpdt.cross_entropy import cross_entropy_and_grad
+from hf_fpdt.kernel_choice import KERNELS
 
 pytestmark = pytest.mark.gpu
 CUDA = ["flash_attention_4", "flash_attention_2", "cudnn", "torch_flash", "torch_efficient", "naive"]
@@ -20,9 +21,9 @@ def relative_error(got, want):
 
 def run(kernel, grad_out, query, key, value):
     grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-    scale = query.shape[-1] ** -0.5
-    out, lse = attend_prefix(kernel, query, key, value, scale)
-    grad_query = attend_prefix_backward(kernel, grad_out, query, key, value, out, lse, scale, grad_key, grad_value)
+    rule = ScoreRule(query.shape[-1] ** -0.5)
+    out, lse = attend_prefix(kernel, query, key, value, rule)
+    grad_query = attend_prefix_backward(kernel, grad_out, query, key, value, out, lse, rule, grad_key, grad_value)
     return {"out": out, "lse": lse, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
 
 
