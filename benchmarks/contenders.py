@@ -18,15 +18,16 @@ from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 
 def prepare(name: str, lora: int = 0) -> None:
     """Imports what the contender needs and changes transformers' classes as it wants them. No CUDA context is made."""
     if name in ("liger", "fpdt+liger"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_mistral
 
-        apply_liger_kernel_to_llama(fused_linear_cross_entropy=name == "liger", cross_entropy=False)
+        for apply in (apply_liger_kernel_to_llama, apply_liger_kernel_to_mistral):
+            apply(fused_linear_cross_entropy=name == "liger", cross_entropy=False)
     if name == "alst":
         _tile_llama_mlp()
         _offload_checkpoints()
@@ -71,7 +72,7 @@ def _model(config, attn_implementation: str, device: str):
     torch.set_default_dtype(torch.bfloat16)
     config._attn_implementation = attn_implementation
     with torch.device(device):
-        return LlamaForCausalLM(config).train()
+        return AutoModelForCausalLM.from_config(config).train()
 
 
 def _add_adapters(model, rank: int) -> None:

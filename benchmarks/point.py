@@ -38,6 +38,7 @@ class Spec:
     optimizer: str = "none"
     lora: int = 0
     documents: int = 1
+    window: int = 0
     ballast_layers: int = 0
     ballast_gpu_gib: float = 0.0
     ballast_host_gib: float = 0.0
@@ -58,6 +59,8 @@ class Spec:
                 f"--documents {self.documents} with {self.contender} and {self.seq_len} tokens: a row is cut into equal "
                 "documents, at least one; alst keeps no documents apart."
             )
+        if self.window < 0 or (self.window and self.documents > 1):
+            raise ValueError(f"--window {self.window} with --documents {self.documents}: one of them, and not negative.")
         if self.ballast_host_gib and not self.contender.startswith("fpdt"):
             raise ValueError(
                 f"--ballast-host-gib with {self.contender}: only hf_fpdt locks host memory; name fpdt contenders only."
@@ -67,6 +70,7 @@ class Spec:
         """The part of a row that is known before the point runs."""
         row = {name: getattr(self, name) for name in ("contender", "seq_len", "layers", "shape", "optimizer", "lora")}
         row |= {"documents": self.documents} if self.documents > 1 else {}
+        row |= {"window": self.window} if self.window else {}
         return row | ({"fpdt": self.fpdt} if self.contender.startswith("fpdt") else {})
 
 
@@ -99,7 +103,7 @@ def measure(spec: Spec) -> dict:
     from .contenders import build
     from .shapes import llama_config, step_flops
 
-    config = llama_config(spec.shape, spec.layers)
+    config = llama_config(spec.shape, spec.layers, spec.window)
     kind = {"device": spec.device, "lora": spec.lora, "documents": spec.documents}
     model, forward_backward = build(spec.contender, config, spec.fpdt, **kind)
     fills = (spec.ballast_gpu_gib, spec.ballast_host_gib)
@@ -118,7 +122,8 @@ def measure(spec: Spec) -> dict:
     row = {"first_step_s": first_step_s, "step_s": median, "all_steps_s": seconds}
     row |= {"loss": losses[-1], "losses": losses, "tokens_per_s": spec.seq_len / median}
     row |= _memory(spec, model, optimizer, held) | _predicted(model)
-    row |= _speed(spec, step_flops(config, spec.seq_len, frozen=spec.lora > 0, documents=spec.documents) / median)
+    kind = {"frozen": spec.lora > 0, "documents": spec.documents, "window": spec.window}
+    row |= _speed(spec, step_flops(config, spec.seq_len, **kind) / median)
     if spec.contender.startswith("fpdt"):
         row["kernel"] = _kernel(spec, config.head_dim)
     if spec.ballast_layers or any(fills):
@@ -229,7 +234,8 @@ def _kernel(spec: Spec, head_dim: int) -> str:
 
     from hf_fpdt.kernel_choice import choose_kernel
 
-    return choose_kernel(spec.fpdt.get("kernel", "auto"), _one(spec.device), torch.bfloat16, head_dim, head_dim).name
+    sizes = (torch.bfloat16, head_dim, head_dim, frozenset(["window"] if spec.window else []))
+    return choose_kernel(spec.fpdt.get("kernel", "auto"), _one(spec.device), *sizes).name
 
 
 def _one(device: str):

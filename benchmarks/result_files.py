@@ -88,5 +88,6 @@ def _settings(row: dict) -> str:
     words = [row.get("kernel", ""), "" if row.get("optimizer", "none") == "none" else row["optimizer"]]
     words += [f"LoRA {row['lora']}" if row.get("lora") else "", json.dumps(row["fpdt"]) if row.get("fpdt") else ""]
     words += [f"{row['documents']} documents" if "documents" in row else ""]
+    words += [f"window {row['window']}" if "window" in row else ""]
     words += [f"ballast of {row['ballast']['layers']} layers" if "ballast" in row else ""]
     return " ".join(filter(None, words))

@@ -46,6 +46,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
     parser.add_argument("--optimizer", choices=("none", "adamw"), default="none", help="adamw: fused, its step is timed too")
     parser.add_argument("--documents", type=int, default=1, metavar="N", help="so many of equal length packed in every row")
+    parser.add_argument("--window", type=int, default=0, metavar="TOKENS", help="a sliding window in every layer; 0: none")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on q, k, v and o; the rest is frozen")
     parser.add_argument("--ballast-layers", type=int, default=0, help="hold weights, gradients and states of so many more")
     parser.add_argument("--ballast-gpu-gib", type=float, default=0.0, help="hold more on the GPU: what those layers keep there")
@@ -68,6 +69,7 @@ def specs_of(args) -> list[Spec]:
         "optimizer",
         "lora",
         "documents",
+        "window",
         "ballast_layers",
         "ballast_gpu_gib",
         "ballast_host_gib",
