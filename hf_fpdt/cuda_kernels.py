@@ -112,14 +112,14 @@ class CudnnKernel(_CudaKernel):
 
     def forward(self, query, key, value, rule, *, causal):
         if query.shape[1] == key.shape[1] == 1:
-            return NaiveKernel().forward(query, key, value, causal=causal, scale=rule.scale)
+            return NaiveKernel().forward(query, key, value, rule, causal=causal)
         tensors = (x.transpose(1, 2) for x in (query, key, value))
         result = aten._scaled_dot_product_cudnn_attention(*tensors, None, True, 0.0, causal, False, scale=rule.scale)
         return result[0].transpose(1, 2), result[1].squeeze(-1)
 
     def backward(self, grad_out, query, key, value, out, lse, rule, *, causal):
         if query.shape[1] == key.shape[1] == 1:
-            return NaiveKernel().backward(grad_out, query, key, value, out, lse, causal=causal, scale=rule.scale)
+            return NaiveKernel().backward(grad_out, query, key, value, out, lse, rule, causal=causal)
         tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
         rng = _philox_placeholder(query.device, torch.int64)[:1].view(())
         grads = aten._scaled_dot_product_cudnn_attention_backward(

@@ -182,15 +182,15 @@ class StreamedStore:
         start = self._spans[first][0]
         where = segments, self._spans[index], rule
         grad_query = attend_segments_backward(kernel, grad_out, query, key, value, out, lse, *where, *grads, start)
-        for block in range(first, index + 1):
-            begin, stop = self._spans[block]
-            for kept, grad in zip(self._grads.get(block, ()), grads, strict=False):
-                grad[:, begin - start : stop - start] += kept.get()
-            if block < index:
-                self._replace_sums(block, [grad[:, begin - start : stop - start] for grad in grads])
+        blocks = range(first, index + 1)
+        parts = [[grad[:, begin - start : stop - start] for grad in grads] for begin, stop in self._spans[first : index + 1]]
+        for block, part in zip(blocks, parts, strict=True):
+            for kept, grad in zip(self._grads.get(block, ()), part, strict=False):
+                grad += kept.get()
+        for block, part in zip(blocks[:-1], parts[:-1], strict=True):  # no part may change while another is copied
+            self._replace_sums(block, part)
         self._release_block(index)
-        begin = self._spans[index][0] - start
-        return grad_query, *(grad[:, begin:].to(key.dtype) for grad in grads)
+        return grad_query, *(grad.to(key.dtype) for grad in parts[-1])
 
     def _release_block(self, index: int) -> None:
         """Gives back a block whose chunk is done."""

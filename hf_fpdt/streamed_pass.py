@@ -3,11 +3,12 @@
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from .documents import Documents, Segment
+from .documents import Documents
 from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .layer_chunk import LayerCall, outside_of_chunks
 from .layer_footprint import footprint_of_layer
@@ -30,7 +31,7 @@ class StreamedPass:
         documents: what attention keeps apart; None: every row is one.
 
     `seq_len` counts all tokens of a sequence, `local_len` those that this process has; `spans` and `store_spans` are chunks of
-    the latter and the former.
+    the latter and the former; `segments` those of every chunk, by the window of a layer.
     """
 
     def __init__(
@@ -39,16 +40,10 @@ class StreamedPass:
         self.plan, self.kernel, self.places, self.exchange = plan, kernel, places, exchange
         self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
         self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
-        self._documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
-        self._segments: dict[int | None, list[list[Segment]]] = {}
+        documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
+        self.segments = cache(partial(documents.segments, self.store_spans))  # no method: layers must not refer to the pass
         self.last_saved: SavedLayer | None = None
         self._layers_run = 0
-
-    def segments(self, window: int | None) -> list[list[Segment]]:
-        """Of every chunk, in a layer with this window."""
-        if window not in self._segments:
-            self._segments[window] = self._documents.segments(self.store_spans, window)
-        return self._segments[window]
 
     def next_placement(self) -> LayerPlacement:
         """That of the layer that runs now; a model that calls more layers than it has gives the others that of the last."""

@@ -227,3 +227,14 @@ def test_the_reference_itself():
     want = F.scaled_dot_product_attention(*wide, is_causal=True, scale=qkv.scale).transpose(1, 2)
     got, _ = softmax_attention(*qkv.tensors, qkv.scale, causal=True)
     assert difference(got, want) <= 1e-12
+
+
+def test_one_query_and_one_key_in_cudnn():
+    """It has no such problem; the definition stands in."""
+    qkv, kernel = draw_qkv(1, 1), KERNELS["cudnn"]
+    out, lse = kernel.forward(*qkv.tensors, qkv.rule, causal=True)
+    want, want_lse = softmax_attention(*qkv.tensors, qkv.scale, causal=True)
+    assert difference(out, want) <= 1e-5
+    assert difference(lse, want_lse) <= 1e-5
+    *_, grad_value = kernel.backward(qkv.grad_out, *qkv.tensors, out, lse, qkv.rule, causal=True)
+    assert difference(grad_value, qkv.grad_out.unflatten(2, (2, 2)).sum(3)) <= 1e-5

@@ -10,7 +10,16 @@ from functools import partial
 
 import pytest
 import torch
-from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama, tiny_neox
+from reference import (
+    assert_gradients_close,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    make_streamed,
+    tiny_llama,
+    tiny_mistral,
+    tiny_neox,
+)
 
 from hf_fpdt import FPDTConfig, apply_fpdt, host_arena, key_value_store, places, transfers
 
@@ -124,7 +133,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("config", [tiny_llama, tiny_neox], ids=["llama", "neox"])
+@pytest.mark.parametrize("config", [tiny_llama, tiny_neox, tiny_mistral], ids=["llama", "neox", "mistral"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_model_trains_the_same(simulated, config, settings, batch_size):
     batch = make_batch(batch_size, 47)
