@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -123,6 +124,10 @@ def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         return
     from deepspeed.utils import set_z3_leaf_modules
 
+    layers = list(layers)
+    for layer in layers:
+        if _with_gradient not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_with_gradient)
     set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda one: one.__name__))
 
 
@@ -145,6 +150,17 @@ def check_gathered_whole(layer: nn.Module) -> None:
             "every module of every chunk. In a loop of your own call hf_fpdt.apply_fpdt(model) before Accelerator.prepare or "
             "deepspeed.initialize; Trainer needs nothing."
         )
+
+
+def _with_gradient(layer: nn.Module, args: tuple) -> tuple | None:
+    """
+    ZeRO-3 reduces a whole layer's gradients when that of its input is there; if the input needs none (adapters over a frozen
+    embedding), before the layer's backward, when there are only zeros.
+    """
+    if not (torch.is_grad_enabled() and args and not args[0].requires_grad):
+        return None
+    trains = any(weight.requires_grad for weight in layer.parameters())
+    return (args[0].detach().requires_grad_(), *args[1:]) if trains else None
 
 
 def replace_sequence_parallelism(attention: type, loader: Any) -> None:

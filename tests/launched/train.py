@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
@@ -19,6 +20,7 @@ class Arguments:
     num_samples: int = 8
     seq_len: int = 46
     fsdp_size: int = field(default=0, metadata={"help": "Processes over which transformers itself shards the weights."})
+    lora: str = field(default="", metadata={"help": "Arguments of PEFT's LoraConfig, in JSON: only this adapter is trained."})
 
 
 class Tokens(Dataset):
@@ -47,6 +49,19 @@ def hits(predictions) -> dict[str, int]:
     return {"hits": int(((found == labels) & (labels != -100)).sum())}
 
 
+def with_lora(model: nn.Module, arguments: str) -> nn.Module:
+    """The adapter starts where it changes what the model computes: PEFT's own start is zero."""
+    import peft
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **json.loads(arguments)))
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
 def main():
     training, arguments = HfArgumentParser((TrainingArguments, Arguments)).parse_args_into_dataclasses()
     more = {}
@@ -57,6 +72,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation, **more
     )
+    if arguments.lora:
+        model = with_lora(model, arguments.lora)
     dataset = Tokens(arguments.num_samples, arguments.seq_len, AutoConfig.from_pretrained(arguments.model).vocab_size)
     seen = {}
 
