@@ -192,6 +192,12 @@ def _streams(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
     model is asked for it without gradients, as `generate` does.
     """
     if arguments.get("past_key_values") is not None:
+        if model.training and torch.is_grad_enabled():
+            raise ValueError(
+                f"{type(model).__name__}: past_key_values were given in training, as PEFT's prefix tuning does; "
+                'attn_implementation="fpdt" has no gradient for them. Use another adapter (LoRA, prompt tuning, p-tuning), or '
+                'attn_implementation="sdpa".'
+            )
         return False
     use_cache = arguments.get("use_cache")
     if arguments.get("labels") is not None or (model.training and (use_cache is None or torch.is_grad_enabled())):
@@ -284,18 +290,25 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
             f'({", ".join(others)}); attn_implementation="fpdt" needs every layer to have one causal attention.'
         )
     for layer in causal:
-        mixer = next((module for module in layer.modules() if _mixes_tokens(module)), None)
+        mixer = next(filter(None, map(_token_mixer, layer.modules())), None)
         if mixer is not None:
             raise ValueError(
-                f"{type(model).__name__}: {type(layer).__name__} has {type(mixer).__name__}, through which tokens see others "
+                f"{type(model).__name__}: {type(layer).__name__} has {mixer}, through which tokens see others "
                 'besides attention; attn_implementation="fpdt" runs a layer chunk by chunk and would cut it. Use another one.'
             )
     return causal
 
 
-def _mixes_tokens(module: nn.Module) -> bool:
-    """State-space models, linear attention and convolutions along the sequence."""
-    return isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in type(module).__name__ for word in _TOKEN_MIXERS)
+def _token_mixer(module: nn.Module) -> str | None:
+    """The name of a state-space model, linear attention, a convolution along the sequence, or an adapter that needs it all."""
+    if isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in type(module).__name__ for word in _TOKEN_MIXERS):
+        return type(module).__name__
+    if "lily_router" in module._modules:
+        return "PEFT's Lily adapter (it chooses experts by the mean over all tokens)"
+    variants = module.__dict__.get("lora_variant", {}).values()
+    if any(type(variant).__name__.startswith("ALora") for variant in variants):
+        return "PEFT's aLoRA adapter (alora_invocation_tokens)"
+    return None
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -1,6 +1,7 @@
 """What the backward needs as the forward left it and cannot put back: checked, so that a gradient is right or refused."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -62,13 +63,23 @@ class UnchangedModule:
             what = _first_switched(self.module, self._switches, switches)
             raise RuntimeError(
                 f"{self.name}: {what} between the forward and the backward, which runs the layer again. "
-                "Call backward() before train(), eval() or set_attn_implementation()."
+                "Call backward() before train(), eval(), set_attn_implementation() or a change of adapters."
             )
 
 
-def _switches(module: nn.Module) -> tuple[tuple[bool, str | None], ...]:
-    """Of every module inside: `training`, and the attention implementation that transformers' modules read at every call."""
-    return tuple((m.training, getattr(m.__dict__.get("config"), "_attn_implementation", None)) for m in module.modules())
+def _switches(module: nn.Module) -> tuple[tuple, ...]:
+    """Of every module inside: `training`, and what transformers' modules and PEFT's adapters read at every call."""
+    return tuple(
+        (m.training, getattr(m.__dict__.get("config"), "_attn_implementation", None), _adapters_on(m.__dict__))
+        for m in module.modules()
+    )
+
+
+def _adapters_on(attributes: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the adapters that a module of PEFT uses. They are merged into weights unseen by these' versions."""
+    names, merged = attributes.get("_active_adapter", ()), attributes.get("merged_adapters", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return (*(() if attributes.get("_disable_adapters", False) else names), *(f"{name} (merged)" for name in merged))
 
 
 def _first_switched(module: nn.Module, before: tuple, after: tuple) -> str:
@@ -78,4 +89,6 @@ def _first_switched(module: nn.Module, before: tuple, after: tuple) -> str:
     name, then, now = next(change for change in zip(names, before, after, strict=True) if change[1] != change[2])
     if then[0] != now[0]:
         return f"{name} was switched from training={then[0]} to training={now[0]}"
+    if then[2] != now[2]:
+        return f"{name} was switched from adapters={list(then[2])} to {list(now[2])}"
     return f"{name} was switched from attn_implementation={then[1]!r} to {now[1]!r}"

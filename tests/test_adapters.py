@@ -4,10 +4,20 @@ failure means finetuning that learns something else than the adapter's method sa
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama
+from reference import (
+    CallLengths,
+    assert_gradients_close,
+    gradients,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    make_streamed,
+    tiny_llama,
+)
 from transformers import MixtralConfig
 
 from hf_fpdt import FPDTConfig, apply_fpdt
@@ -36,10 +46,10 @@ ADAPTERS = {
 }
 
 
-def with_adapter(model, config):
+def with_adapter(model, config, seed=3):
     """Adapters far from where they start, so that they change what the model computes."""
     torch.manual_seed(0)
-    model, generator = peft.get_peft_model(model, copy.deepcopy(config)), torch.Generator().manual_seed(3)
+    model, generator = peft.get_peft_model(model, copy.deepcopy(config)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -90,3 +100,119 @@ def test_packed_and_padded(kv):
     got, grads = loss_and_gradients(streamed, batch)
     assert abs(got - want) <= 2e-6 * want
     assert_gradients_close(grads, want_grads)
+
+
+PREPARATIONS = {
+    "input gradients": lambda model: model.enable_input_require_grads(),
+    "checkpointing": lambda model: model.gradient_checkpointing_enable(),
+    "reentrant": lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+    "k-bit training": lambda model: peft.prepare_model_for_kbit_training(model),
+    "k-bit training without checkpointing": lambda model: peft.prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=False
+    ),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before_the_adapter", "after_it"])
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_prepared_as_quantized_models_are(name, before):
+    """With the base frozen, gradients of the embedding's output change nothing; each layer still runs once in each pass."""
+    models = []
+    for model in (make_streamed(tiny_llama(), 17), make_model(tiny_llama(), "eager")):
+        if before:
+            PREPARATIONS[name](model)
+        model = with_adapter(model, ADAPTERS["LoRA"])
+        if not before and "k-bit" not in name:  # that freezes the adapter too
+            PREPARATIONS[name](model)
+        models.append(model)
+    calls = CallLengths(models[0], "layers.0.self_attn.q_proj")
+    assert_same(*models, make_batch(2, 47))
+    assert calls.take() == [17, 17, 13, 13, 17, 17]
+
+
+def test_merged():
+    batch, model = make_batch(2, 47), with_adapter(make_streamed(tiny_llama(), 17), ADAPTERS["LoRA on all linear layers"])
+    want = model(**batch).loss
+    model.merge_adapter()
+    assert abs(model(**batch).loss - want) <= 2e-6 * want
+    model.unmerge_adapter()
+    assert abs(model(**batch).loss - want) <= 2e-6 * want
+    merged = model.merge_and_unload()
+    lengths = CallLengths(merged, "layers.0.self_attn.q_proj")
+    assert abs(merged(**batch).loss - want) <= 2e-6 * want
+    assert lengths.take() == [17, 17, 13]
+
+
+def test_saved_loaded_and_switched(tmp_path):
+    """Two adapters on one streamed model, one at a time and none, each against eager attention."""
+    batch, models = make_batch(2, 47), []
+    for name, seed in (("first", 3), ("second", 4)):
+        with_adapter(make_streamed(tiny_llama(), 17), ADAPTERS["LoRA"], seed=seed).save_pretrained(tmp_path / name)
+    for base in (make_streamed(tiny_llama(), 17), make_model(tiny_llama(), "eager")):
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="first", is_trainable=True)
+        model.load_adapter(tmp_path / "second", adapter_name="second", is_trainable=True)
+        models.append(model.train())
+    losses = []
+    for name in ("first", "second", "first"):
+        for model in models:
+            model.set_adapter(name)
+        assert_same(*models, batch)
+        losses.append(models[0](**batch).loss.item())
+    with models[0].disable_adapter():
+        losses.append(models[0](**batch).loss.item())
+    plain = make_model(tiny_llama(), "eager")(**batch).loss.item()
+    assert losses[0] == losses[2]
+    assert abs(losses[3] - plain) <= 2e-6 * plain
+    assert min(abs(a - b) for a, b in ((losses[0], losses[1]), (losses[0], plain), (losses[1], plain))) > 1e-3
+
+
+def test_switched_between_forward_and_backward():
+    """The backward runs the layers again, with the adapters that are on then. Off and on again, as for a reference, is fine."""
+    models, batch = [], make_batch(2, 47)
+    for base in (make_streamed(tiny_llama(), 17), make_model(tiny_llama(), "eager")):
+        model = with_adapter(base, ADAPTERS["a trained embedding"])
+        model.add_adapter("other", ADAPTERS["LoRA"])
+        models.append(model)
+        loss = model(**batch).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch)
+        model.set_adapter("other")
+        model.set_adapter("default")
+        loss.backward()
+    assert_gradients_close(gradients(models[0]), gradients(models[1]))
+
+    def switch_off():
+        models[0].base_model.disable_adapter_layers()
+
+    switches = {"adapters=.*other": partial(models[0].set_adapter, "other"), r"to \[\]": switch_off}
+    for message, switch in (switches | {"merged": models[0].merge_adapter}).items():
+        loss = models[0](**batch).loss
+        switch()
+        with pytest.raises(RuntimeError, match=message):
+            loss.backward()
+        models[0].base_model.enable_adapter_layers()
+        models[0].set_adapter("default")
+
+
+REFUSED = {
+    "prefix tuning": (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), "past_key_values were given in"),
+    "aLoRA": (peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[3], target_modules=TARGETS), "aLoRA adapter"),
+}
+if hasattr(peft, "LilyConfig"):
+    REFUSED["Lily"] = (peft.LilyConfig(target_modules=TARGETS), "Lily adapter")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    """In training; with a cache these models run as they do without hf_fpdt."""
+    config, message = REFUSED[name]
+    batch, models = make_batch(2, 47), [make_streamed(tiny_llama(), 17), make_model(tiny_llama(), "eager")]
+    streamed, plain = (peft.get_peft_model(model, copy.deepcopy(config)).train() for model in models)
+    with pytest.raises(ValueError, match=message):
+        streamed(**batch)
+    ids = batch["input_ids"][:, :7]
+    plain.base_model.load_state_dict(streamed.base_model.state_dict())
+    if name == "prefix tuning":
+        plain.load_state_dict(streamed.state_dict())
+    want, got = (m.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False) for m in (plain, streamed))
+    assert torch.equal(got, want)
