@@ -160,7 +160,19 @@ def _with_gradient(layer: nn.Module, args: tuple) -> tuple | None:
     if not (torch.is_grad_enabled() and args and not args[0].requires_grad):
         return None
     trains = any(weight.requires_grad for weight in layer.parameters())
-    return (args[0].detach().requires_grad_(), *args[1:]) if trains else None
+    return (_Anchored.apply(args[0], torch.zeros((), requires_grad=True)), *args[1:]) if trains else None
+
+
+class _Anchored(torch.autograd.Function):
+    """`(x, anchor) -> x` with a gradient that is dropped. A leaf would be kept by the graph until the end of the step."""
+
+    @staticmethod
+    def forward(ctx, x, anchor):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
 
 
 def replace_sequence_parallelism(attention: type, loader: Any) -> None:

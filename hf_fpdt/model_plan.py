@@ -104,7 +104,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure, l
     footprint = ModelFootprint(
         layers=measured.layers,
         loss=None if head is None else _loss(head, batch_size * local_len, measured.layers[-1].hidden, kind),
-        arguments=measured.argument_bytes,
+        arguments=measured.argument_bytes + (measured.layers[0].hidden if _keeps_embedded(model) else 0),
         resident=_resident(model, head, device),
         other_grads=grads - in_layers,
         grads_held=held,
@@ -194,6 +194,14 @@ def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) ->
     return sum(t.nbytes + (0 if t.grad is None else t.grad.nbytes) for t in tensors.values())
 
 
+def _keeps_embedded(model: nn.Module) -> bool:
+    """Whether the first layer's input stays for a gradient that nobody reads: transformers' `enable_input_require_grads`."""
+    embedding = model.get_input_embeddings()
+    if any(weight.requires_grad for weight in embedding.parameters()):
+        return False
+    return any("inputs_require_grad" in getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
+
+
 def _optimizer_to_come(model: nn.Module, trainable: list[Tensor], grads: int) -> int:
     """Two states of the size of the gradients, until an optimizer has changed the weights: then its states are there."""
     if not trainable:
@@ -205,7 +213,8 @@ def _optimizer_to_come(model: nn.Module, trainable: list[Tensor], grads: int) ->
 def _loss(head: nn.Module, tokens: int, hidden_bytes: float, device_type: str) -> LossFootprint:
     weights = list(head.parameters())
     trainable = [weight for weight in weights if weight.requires_grad]
-    chunk, chunks = loss_chunk_bytes(head.out_features, tokens, hidden_bytes, weights[0].element_size(), device_type)
+    itemsize = next((weight.element_size() for weight in weights if weight.is_floating_point()), 4)  # of quantized ones: any
+    chunk, chunks = loss_chunk_bytes(head.out_features, tokens, hidden_bytes, itemsize, device_type)
     grads = sum(weight.nbytes for weight in trainable)
     sums = sum(weight.numel() * max(weight.element_size(), 4) for weight in trainable) if chunks > 1 else 0
     return LossFootprint(chunk + grads, grads, sums)

@@ -152,6 +152,20 @@ def test_predicted_peak_is_what_a_step_takes(settings, shape, batch, seq_len, ch
     assert arena.used_bytes == 0
 
 
+def test_an_input_that_is_asked_for_its_gradient_stays():
+    """As TRL and PEFT's preparation for k-bit training ask, for the sake of checkpointing."""
+    model = llama(trainable="q_proj", vocab_size=60)
+    model.enable_input_require_grads()
+    config = hf_fpdt.FPDTConfig(chunk_size=256, gpu_memory=PLENTY, recompute=True, offload="host")
+    predicted = hf_fpdt.plan(hf_fpdt.apply_fpdt(model, config), seq_len=2048).peaks
+    ids = torch.randint(0, 60, (1, 2048))
+    step(model, ids)
+    model.zero_grad()
+    gc.collect()
+    taken = peak_bytes(lambda: step(model, ids))
+    assert 0.95 * taken <= predicted.device - weights_and_gradients(model) <= 1.05 * taken
+
+
 def test_the_final_norm_may_take_the_most(monkeypatch):
     """With short chunks of layer and loss, the three hidden states around the last norm are what is left."""
     monkeypatch.setitem(chunked_loss.AUTO_CHUNK_LOGITS, "cpu", 64 * 60)
