@@ -196,10 +196,12 @@ def _resident(model: nn.Module, head: nn.Module | None, device: torch.device) ->
 
 def _keeps_embedded(model: nn.Module) -> bool:
     """Whether the first layer's input stays for a gradient that nobody reads: transformers' `enable_input_require_grads`."""
-    embedding = model.get_input_embeddings()
-    if any(weight.requires_grad for weight in embedding.parameters()):
-        return False
-    return any("inputs_require_grad" in getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
+    asked = (
+        module
+        for module in model.modules()
+        if any("inputs_require_grad" in getattr(hook, "__name__", "") for hook in module._forward_hooks.values())
+    )
+    return any(not any(weight.requires_grad for weight in module.parameters()) for module in asked)
 
 
 def _optimizer_to_come(model: nn.Module, trainable: list[Tensor], grads: int) -> int:
