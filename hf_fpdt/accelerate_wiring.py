@@ -72,6 +72,7 @@ def share_sequences(model: nn.Module, sp_size: int):
     accelerator = AcceleratorState()
     _check_launch(accelerator)
     _check_engine(accelerator, sp_size)
+    _check_adapters(model, sp_size)
     groups = sequence_parallel_groups(sp_size)
     group = groups.get_sequence_parallel_group()
     config = _set_up(model, accelerator, group)
@@ -131,6 +132,15 @@ def _check_engine(accelerator: AcceleratorState, sp_size: int) -> None:
             "which cannot be replaced. Use a newer transformers (5.12 and later have been seen to work)."
         )
     check_shares_sequences(accelerator, sp_size)
+
+
+def _check_adapters(model: nn.Module, sp_size: int) -> None:
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"sp_size={sp_size} with {type(config).__name__}: PEFT would put its virtual tokens before every process's "
+                "part of a sequence. Use another adapter (LoRA), or set parallelism_config_sp_size to 1."
+            )
 
 
 def _check_loss(args: TrainingArguments, sp_size: int) -> None:

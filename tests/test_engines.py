@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from reference import make_model, tiny_llama
 
 import hf_fpdt
-from hf_fpdt.accelerate_wiring import _loss_of_trainer
+from hf_fpdt.accelerate_wiring import _check_adapters, _loss_of_trainer
 from hf_fpdt.engines import check_shares_sequences, gradient_factor
 
 
@@ -100,3 +100,12 @@ def test_a_loss_function_that_trainer_leaves_out():
     assert Trainer(None).compute_loss() == (1, 2)
     with pytest.raises(ValueError, match="Trainer leaves it out"):
         Trainer(len).compute_loss()
+
+
+def test_virtual_tokens_of_shared_sequences_are_refused():
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    with pytest.raises(ValueError, match=r"sp_size=2 with PromptTuningConfig: .* Use another adapter"):
+        _check_adapters(peft.get_peft_model(make_model(tiny_llama(), "fpdt"), prompt), 2)
+    lora = peft.get_peft_model(make_model(tiny_llama(), "fpdt"), peft.LoraConfig(target_modules=["q_proj"]))
+    _check_adapters(lora, 2)
