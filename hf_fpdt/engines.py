@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
+_HOOK = "_fpdt_gradient_hook"
 _SHARING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -126,8 +127,8 @@ def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
     layers = list(layers)
     for layer in layers:
-        if _with_gradient not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_with_gradient)
+        if _HOOK not in layer.__dict__:
+            layer.__dict__[_HOOK] = layer.register_forward_pre_hook(_with_gradient)
     set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda one: one.__name__))
 
 
@@ -135,6 +136,8 @@ def gather_parts_of_layers(layers: Iterable[nn.Module]) -> None:
     """Undoes `gather_whole_layers`."""
     for layer in layers:
         layer.__dict__.pop("_z3_leaf", None)
+        if _HOOK in layer.__dict__:
+            layer.__dict__.pop(_HOOK).remove()
 
 
 def check_gathered_whole(layer: nn.Module) -> None:
@@ -159,7 +162,7 @@ def _with_gradient(layer: nn.Module, args: tuple) -> tuple | None:
     """
     if not (torch.is_grad_enabled() and args and not args[0].requires_grad):
         return None
-    trains = any(weight.requires_grad for weight in layer.parameters())
+    trains = any(weight.requires_grad and hasattr(weight, "ds_id") for weight in layer.parameters())
     return (_Anchored.apply(args[0], torch.zeros((), requires_grad=True)), *args[1:]) if trains else None
 
 
