@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "launched"))
 from train import Tokens  # noqa: E402
 
+PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 SAMPLES, STEPS, RATE, CLIP = 16, 3, 0.05, 0.5
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FPDT_")}
 # Engine, model, accumulated batches, groups, processes of a group; without groups every process has sequences of its own.
@@ -55,7 +56,7 @@ def launch(
     common += " --disable_tqdm true" + ("" if "--save_strategy" in words else " --save_strategy no")
     common += f" --ddp_backend {backend}" if backend else ""
     command = [sys.executable, *start.split(), *words, *common.split()]
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": str(chunk_size), "PYTHONPATH": str(ROOT)}
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": str(chunk_size), "PYTHONPATH": PATH}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT | variables, cwd=ROOT)
 
 
@@ -304,7 +305,7 @@ def test_a_loop_of_ones_own_and_its_collectives(checkpoints, tmp_path):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
         command += ["tests/launched/loop.py", str(checkpoints / "llama"), str(folder / "found.json")]
         command += ["10"] if chunk_size == 10 else []
-        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": PATH}
         result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT | variables, cwd=ROOT)
         assert result.returncode == 0, result.stderr[-3000:]
         found.append(json.loads((folder / "found.json").read_text()))
