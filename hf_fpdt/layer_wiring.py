@@ -29,6 +29,8 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
     running = active_pass()
     if running is None:
         return inner_forward(layer)(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        _refuse_compilation(type(layer).__name__)
     arguments = named_arguments(layer, args, kwargs)
     hidden = arguments.pop("hidden_states")
     returned: list[int] = []
@@ -56,6 +58,14 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
     output = running.run(call, hidden, weights, kind=_kind(layer))
     return (output, *[None] * (returned[0] - 1)) if returned else output
+
+
+@torch.compiler.disable  # the compiler leaves it alone, so that it is this error that arrives
+def _refuse_compilation(name: str) -> None:
+    raise ValueError(
+        f'torch.compile of {name} with attn_implementation="fpdt" is not supported: it runs chunk by chunk in Python. Compile '
+        "the modules inside of it (layer.mlp.compile()), or none."
+    )
 
 
 def _run_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]):

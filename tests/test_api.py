@@ -736,6 +736,31 @@ def test_autocast(plain, batch):
         assert total_gradient_error(grads, truth) <= 1.3 * reference_error
 
 
+def test_float16_with_a_gradient_scaler(plain, batch):
+    """Scaled losses, gradients as close to the truth as sdpa's, and a step left out when they overflow."""
+    _, truth = loss_and_gradients(plain, batch)
+    errors = []
+    for model in (plain, make_streamed(tiny_llama(), CHUNK), make_streamed(tiny_llama(), CHUNK, kv="streamed", offload="host")):
+        model.zero_grad()
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        errors.append(total_gradient_error(gradients(model), truth))
+        before, scaler = model.lm_head.weight.clone(), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**39
+        assert torch.equal(model.lm_head.weight, before)
+    assert 1e-4 < errors[0] < 0.01
+    assert max(errors[1:]) <= 1.3 * errors[0]
+
+
 @pytest.mark.parametrize("save_attention", [True, False])
 def test_backward_under_another_autocast(batch, save_attention):
     """The backward repeats the forward's precision, whatever is set around the call of backward()."""

@@ -8,7 +8,18 @@ import inspect
 
 import pytest
 import torch
-from reference import SEQ_LEN, make_batch, make_model, make_streamed, tiny_gemma2, tiny_llama, tiny_mistral, tiny_neox
+from reference import (
+    SEQ_LEN,
+    assert_gradients_close,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    make_streamed,
+    tiny_gemma2,
+    tiny_llama,
+    tiny_mistral,
+    tiny_neox,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -248,6 +259,24 @@ def test_a_model_is_usable_after_an_error(streamed):
     ids = make_batch(2)["input_ids"]
     assert type(streamed(ids).logits) is torch.Tensor
     assert streamed(**make_batch(2)).loss.item() == want
+
+
+def test_torch_compile_of_layers(streamed):
+    """What is inside of a layer may be compiled: it runs as it is."""
+    want, want_grads = loss_and_gradients(make_model(tiny_llama(), "eager"), make_batch())
+    for layer in streamed.model.layers:
+        layer.mlp.compile(backend="eager")
+    got, grads = loss_and_gradients(streamed, make_batch())
+    assert abs(got - want) <= 2e-6 * want
+    assert_gradients_close(grads, want_grads)
+    compiled = make_streamed(tiny_llama())
+    compiled.model.layers[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"torch.compile of LlamaDecoderLayer .* Compile the modules inside of it"):
+        compiled(**make_batch())
+    compiled = make_streamed(tiny_llama())
+    compiled.model.layers[0] = torch.compile(compiled.model.layers[0], backend="eager")
+    with pytest.raises(ValueError, match=r"torch.compile of LlamaDecoderLayer .* Compile the modules inside of it"):
+        compiled(**make_batch())
 
 
 def test_torch_compile(streamed):

@@ -11,10 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
-from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama
+from ranks import run_ranks
+from reference import (
+    assert_gradients_close,
+    gradients,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    make_streamed,
+    tiny_llama,
+)  # fmt: skip
 from test_documents import one_by_one, positions_of
+from test_sequence_parallel import shard_of, step
 from transformers import CONFIG_MAPPING, AutoConfig
+
+from hf_fpdt import FPDTConfig, apply_fpdt
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,11 +93,17 @@ NEWER = ("diffllama", "nemotron")
 MAY_BE_ZERO = ("k_proj.bias", "router", "gate", "experts")
 
 
-def config_of(family, overrides):
+def _why_not(family) -> str | None:
     if family not in CONFIG_MAPPING:
-        pytest.skip(f"this version of transformers has no {family}")
+        return f"this version of transformers has no {family}"
     if family in NEWER and int(transformers.__version__.split(".")[1]) < 17:
-        pytest.skip(f"{family} has attention code of its own in this version of transformers")
+        return f"{family} has attention code of its own in this version of transformers"
+    return None
+
+
+def config_of(family, overrides):
+    if _why_not(family) is not None:
+        pytest.skip(_why_not(family))
     return AutoConfig.for_model(family, **{**COMMON, **overrides})
 
 
@@ -110,6 +129,69 @@ def test_exact(family):
             got, grads = loss_and_gradients(model, given)
             assert abs(got - want) <= 2e-6 * want, (case, chunk)
             assert_gradients_close(grads, want_grads, may_be_zero=MAY_BE_ZERO)
+
+
+def _train_shared(rank: int, families: list[str]) -> dict:
+    """Loss and summed gradients of a family's shard, or the error."""
+    group, found = dist.group.WORLD, {}
+    for family in families:
+        try:
+            settings = FPDTConfig(chunk_size=14)
+            model = apply_fpdt(make_model(config_of(family, EXACT[family]), "eager"), settings, sp_group=group)
+            loss = step(model, shard_of(make_batch(2, 47), settings, rank, group.size()), group)
+        except ValueError as error:
+            found[family] = str(error)
+            continue
+        grads = {name: grad for name, grad in gradients(model).items() if grad is not None}
+        for grad in grads.values():
+            dist.all_reduce(grad)
+        found[family] = loss, grads
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared():
+    there = [family for family in EXACT if _why_not(family) is None]
+    return run_ranks(_train_shared, 2, there, timeout=400)
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_shared_by_two_processes(family, shared):
+    """Every rank's loss, and the sum of their gradients."""
+    want, want_grads = loss_and_gradients(make_model(config_of(family, EXACT[family]), "eager"), make_batch(2, 47))
+    for results in shared:
+        assert not isinstance(results[family], str), results[family]
+        loss, grads = results[family]
+        assert abs(loss - want) <= 2e-6 * want
+        there = {name: grad for name, grad in want_grads.items() if grad is not None}
+        assert_gradients_close(grads, there, may_be_zero=MAY_BE_ZERO)
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_lora(family):
+    """On every linear module but the head; packed."""
+    peft = pytest.importorskip("peft")
+    config, models = config_of(family, EXACT[family]), []
+    for implementation in ("eager", "fpdt"):
+        model = make_model(config, implementation)
+        # PEFT takes the router of Phi's experts, which returns several values, for a linear module.
+        kinds = peft.LoraConfig(r=3, target_modules="all-linear", exclude_modules=["router"], init_lora_weights=False)
+        torch.manual_seed(5)
+        models.append(peft.get_peft_model(model, kinds).train())
+    apply_fpdt(models[1], FPDTConfig(chunk_size=17))
+    batch = make_batch(2, 47) | {"use_cache": False}
+    try:
+        want, want_grads = loss_and_gradients(models[0], batch)
+    except AttributeError as error:  # with transformers 5.0
+        if "ParamWrapper" not in str(error):
+            raise
+        pytest.skip(f"PEFT's wrapper of experts does not fit this version of transformers: {error}")
+    got, grads = loss_and_gradients(models[1], batch)
+    assert abs(got - want) <= 2e-6 * want
+    trained = {name for name, grad in want_grads.items() if grad is not None}
+    assert trained
+    assert all("lora" in name for name in trained)
+    assert_gradients_close(grads, want_grads, may_be_zero=MAY_BE_ZERO)
 
 
 SHORT = 16  # tokens that the model was trained on; the test has 47
@@ -147,25 +229,31 @@ def test_refused(family):
 INTRODUCTION = """# Models
 
 Written by `python tests/test_families.py`. The test suite trains a tiny model of each family with its own eager attention and
-with fpdt, in ragged chunks and in one, in fp32, and compares the loss (2e-6) and every gradient (1e-5): one text a row,
-padding on the left, and packed documents (against a run of each document alone). Families that are not here and take
-attention from transformers' interface run the same code, untested."""
+with fpdt, in ragged chunks and in one, in fp32, and compares the loss (2e-6) and every gradient (1e-5):
+
+* one text a row, padding on the left, and packed documents (against a run of each document alone);
+* windows, capped scores and sinks, where a family has them, in these cases;
+* every sequence shared by two processes (their losses, and the sum of their gradients);
+* LoRA on all linear modules.
+
+Families that are not here and take attention from transformers' interface run the same code, untested."""
 
 
 def table() -> str:
     lines = [
-        *INTRODUCTION.splitlines(), "", "| `model_type` | |", "|---|---|",
-        *(f"| `{family}` | exact{_how(family)} |" for family in sorted(EXACT)), "",
+        *INTRODUCTION.splitlines(), "",
+        "| `model_type` | dense, padded, packed | attention besides | shared by two | LoRA |", "|---|---|---|---|---|",
+        *(f"| `{family}` | exact | {_has(family)} | exact | exact |" for family in sorted(EXACT)), "",
         "Refused with a `ValueError`, before or in the first forward:", "", "| `model_type` | because |", "|---|---|",
         *(f"| `{family}` | {_reason(family)} |" for family in sorted(REFUSED)), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _how(family: str) -> str:
+def _has(family: str) -> str:
     has = {"sliding_window": "windows", "attn_logit_softcapping": "capped scores"}
     words = [word for name, word in has.items() if EXACT[family].get(name)] + ["sinks"] * (family == "gpt_oss")
-    return f", with {' and '.join(words)}" if words else ""
+    return ", ".join(words)
 
 
 def _reason(family: str) -> str:
