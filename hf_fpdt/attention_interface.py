@@ -114,7 +114,7 @@ def fpdt_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tenso
     if local_size is None:
         known = mask_function is causal_mask_function
     else:
-        known = _is_window(mask_function, local_size, streamed.seq_len, kwargs.get("device", "cpu"))
+        known = _is_window(mask_function, local_size, streamed.seq_len)
     if not known:
         raise ValueError(
             "A mask other than a causal one or a sliding window was asked for (chunked attention, or_mask_function, "
@@ -124,14 +124,17 @@ def fpdt_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tenso
     return None if local_size is None or local_size >= streamed.seq_len else SlidingWindow(local_size)
 
 
-def _is_window(mask_function: Callable, window: int, seq_len: int, device: torch.device | str) -> bool:
-    """Whether it lets tokens see the `window` last ones; asked around the border of some tokens."""
-    places = {0, 1, window - 1, window, window + 1, 2 * window, seq_len // 2, seq_len - 1}
-    query = torch.tensor(sorted(place for place in places if 0 <= place < seq_len), device=device)[:, None]
-    key = query + torch.tensor([-window - 1, -window, 1 - window, 2 - window, -1, 0, 1], device=device)
+def _is_window(mask_function: Callable, window: int, seq_len: int) -> bool:
+    """Whether it lets tokens see the `window` last ones; asked of every 16th, on the CPU: nobody waits."""
+    places = {*range(0, seq_len, 16), 1, window - 1, window, window + 1, seq_len - 1}
+    query = torch.tensor(sorted(place for place in places if 0 <= place < seq_len))[:, None]
+    key = query + torch.tensor([-window - 1, -window, 1 - window, 2 - window, -1, 0, 1])
     key = key.clamp(0, seq_len - 1)
     none = torch.zeros_like(key)
-    seen = mask_function(none, none, query.expand_as(key), key)
+    try:
+        seen = mask_function(none, none, query.expand_as(key), key)
+    except RuntimeError:  # it depends on more than positions, which is on a GPU
+        return False
     return bool((seen == ((key <= query) & (key > query - window))).all())
 
 

@@ -234,6 +234,23 @@ def test_chunked_attention():
     streamed(**make_batch())
 
 
+@pytest.mark.parametrize("seen", [lambda query, key: key < 4, lambda query, key: query // 20 == key // 20])
+def test_a_window_with_more(seen):
+    """A prefix for all, or blocks of images that see each other."""
+    import transformers.masking_utils as masks
+
+    streamed = make_streamed(tiny_mistral())
+    window = masks.sliding_window_causal_mask_function
+
+    def more(size):
+        return masks.or_masks(window(size), lambda batch, head, query, key: seen(query, key))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "sliding_window_causal_mask_function", more)
+        with pytest.raises(ValueError, match="A mask other than a causal one or a sliding window"):
+            streamed(**make_batch())
+
+
 @pytest.mark.parametrize("config", ["x", 16, {"chunk_size": 16}])
 def test_config_of_another_type(config):
     with pytest.raises(ValueError, match=rf"apply_fpdt\(config=...\) got {type(config).__name__}; an FPDTConfig is needed"):

@@ -109,7 +109,7 @@ def config_of(family, overrides):
 
 @pytest.mark.parametrize("family", EXACT)
 def test_exact(family):
-    """Dense, packed and padded; in ragged chunks and in one."""
+    """Dense, packed and padded on either side; in ragged chunks and in one."""
     config = config_of(family, EXACT[family])
     plain, streamed = make_model(config, "eager"), {chunk: make_streamed(config, chunk) for chunk in (17, 64)}
     batch = make_batch(2, 47)
@@ -120,10 +120,12 @@ def test_exact(family):
     if EXACT[family].get("sliding_window"):
         wide = make_model(config_of(family, EXACT[family] | {"sliding_window": 400}), "eager")
         assert abs(wide(**batch).loss - plain(**batch).loss) > 1e-4, "the window makes no difference"
+    after = mask.flip(1)
+    padded_after = batch | {"attention_mask": after, "labels": batch["labels"].masked_fill(after == 0, -100)}
     rows = [[(0, 20), (20, 21), (21, 47)], [(0, 47)]]
     *alone, labels = one_by_one(plain, batch["input_ids"], rows)  # eager lets documents see each other in some families
     packed = batch | {"position_ids": positions_of(rows, 47), "labels": labels}
-    for case, given in {"dense": batch, "padded": padded, "packed": packed}.items():
+    for case, given in {"dense": batch, "padded": padded, "padded after": padded_after, "packed": packed}.items():
         want, want_grads = alone if case == "packed" else loss_and_gradients(plain, given)
         for chunk, model in streamed.items():
             got, grads = loss_and_gradients(model, given)
@@ -231,7 +233,7 @@ INTRODUCTION = """# Models
 Written by `python tests/test_families.py`. The test suite trains a tiny model of each family with its own eager attention and
 with fpdt, in ragged chunks and in one, in fp32, and compares the loss (2e-6) and every gradient (1e-5):
 
-* one text a row, padding on the left, and packed documents (against a run of each document alone);
+* one text a row, padding on either side, and packed documents (against a run of each document alone);
 * windows, capped scores and sinks, where a family has them, in these cases;
 * every sequence shared by two processes (their losses, and the sum of their gradients);
 * LoRA on all linear modules.
