@@ -75,6 +75,8 @@ def fpdt_attention(
             f"{type(module).__name__}: attention_dropout={dropout} in training is not supported with "
             'attn_implementation="fpdt". Set config.attention_dropout = 0.0; dropout outside of attention works.'
         )
+    if torch.is_tensor(attention_mask):
+        raise ValueError(_unsupported(module, "a mask that the layer makes (of keys that it chooses)"))
     if not getattr(module, "is_causal", True):
         raise ValueError(_unsupported(module, "bidirectional attention (is_causal=False)"))
     window = attention_mask.tokens if isinstance(attention_mask, SlidingWindow) else None

@@ -80,7 +80,12 @@ def _arguments_of_chunk(arguments: dict[str, Any], seq_len: int, span: tuple[int
 
 
 def _of_chunk(name: str, value: Any, span: tuple[int, int], seq_len: int) -> Any:
-    """The part of an argument of a layer that belongs to a chunk: tensors with one entry a token are cut on that dimension."""
+    """
+    The part of an argument of a layer that belongs to a chunk: tensors with one entry a token are cut on that dimension, also
+    in tuples, lists and dicts.
+    """
+    if isinstance(value, dict):
+        return {key: _of_chunk(name, item, span, seq_len) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(_of_chunk(name, item, span, seq_len) for item in value)
     if not torch.is_tensor(value):
@@ -94,6 +99,8 @@ def _of_chunk(name: str, value: Any, span: tuple[int, int], seq_len: int) -> Any
         return value[:, slice(*span)]
     if value.ndim == 1 and value.shape[0] == seq_len:
         return value[slice(*span)]
+    if value.ndim == 4 and value.shape[2] == seq_len:  # as queries are: [batch, heads, tokens, dim]
+        return value[:, :, slice(*span)]
     return value
 
 

@@ -276,7 +276,7 @@ def _models_in(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-_TOKEN_MIXERS = ("Mamba", "DeltaNet", "LinearAttention", "Recurrent", "LightningAttention")
+_TOKEN_MIXERS = ("Mamba", "DeltaNet", "LinearAttention", "Recurrent", "LightningAttention", "Indexer", "Compressor")
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -216,6 +216,50 @@ def test_a_kernel_without_what_the_model_needs(config, kernel, message):
     assert torch.isfinite(make_streamed(config)(**make_batch()).loss)
 
 
+def test_a_mask_that_a_layer_makes():
+    """As with sparse attention, where a layer chooses the keys that its queries see."""
+    streamed = make_streamed(tiny_llama())
+
+    def choose(module, args, kwargs):
+        return args, kwargs | {"attention_mask": torch.ones(2, 1, 16, 16, dtype=torch.bool)}
+
+    streamed.model.layers[1].self_attn.register_forward_pre_hook(choose, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"LlamaAttention: a mask that the layer makes .* is not supported"):
+        streamed(**make_batch())
+
+
+def test_a_layer_that_chooses_keys():
+    streamed = make_streamed(tiny_llama())
+
+    class KeyIndexer(torch.nn.Linear):
+        pass
+
+    streamed.model.layers[1].self_attn.chooser = KeyIndexer(2, 2)
+    with pytest.raises(ValueError, match="LlamaDecoderLayer has KeyIndexer, through which tokens see others besides attention"):
+        streamed(**make_batch())
+
+
+@pytest.mark.parametrize("form", ["dict", "four dimensions"])
+def test_arguments_with_an_entry_a_token(form):
+    """Cut with the chunk, wherever the tokens are."""
+    scale = torch.linspace(0.5, 2.0, SEQ_LEN)
+
+    whole = {"all": scale[None]} if form == "dict" else scale.reshape(1, 1, -1, 1)
+    losses = []
+    for model in (make_model(tiny_llama(), "eager"), make_streamed(tiny_llama())):
+        for layer in model.model.layers:
+            forward = layer.forward
+
+            def with_scaling(hidden_states, scaling=None, forward=forward, **kwargs):
+                given = scaling["all"] if isinstance(scaling, dict) else scaling[0, 0, :, 0]
+                return forward(hidden_states * given.reshape(1, -1, 1), **kwargs)
+
+            layer.forward = with_scaling
+            layer.register_forward_pre_hook(lambda layer, args, kwargs: (args, kwargs | {"scaling": whole}), with_kwargs=True)
+        losses.append(model(**make_batch()).loss)
+    assert abs(losses[1] - losses[0]) <= 2e-6 * losses[0]
+
+
 def test_chunked_attention():
     """Llama 4's: a window whose border is the same for many tokens."""
     import transformers.masking_utils as masks

@@ -71,6 +71,10 @@ EXACT = {
     "qwen3": HEADS,
     "qwen3_moe": EXPERTS | HEADS, "seed_oss": HEADS | {"attention_dropout": 0.0, "residual_dropout": 0.0}, "smollm3": {},
     "stablelm": {}, "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0} | WINDOW,
+    "ministral3": HEADS | {"sliding_window": None}, "nanochat": HEADS, "modernbert-decoder": {"local_attention": 11},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+    "llama4_text": HEADS | {"num_local_experts": 4, "intermediate_size_mlp": 56, "attn_temperature_tuning": True},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
     "vaultgemma": HEADS | WINDOW | {"attn_logit_softcapping": 0.5},
 }  # fmt: skip
 REFUSED = {
@@ -78,6 +82,7 @@ REFUSED = {
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, MODEL_CODE),
     "gptj": (GPT2 | {"rotary_dim": 8}, MODEL_CODE), "mamba": ({}, MODEL_CODE), "mpt": ({}, MODEL_CODE),
     "diffllama": ({}, "calls attention more than once"),
+    "deepseek_v4": (HEADS, "DeepseekV4HCACompressor, through which tokens see others besides attention"),
     "falcon_h1": (
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
         "through which tokens see others besides attention"),
