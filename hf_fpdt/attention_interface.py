@@ -99,7 +99,8 @@ def _masked_attention(
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]].nan_to_num()  # padding sees nothing
+    blind = scores.amax(-1, keepdim=True) == float("-inf")  # padding, which sees nothing
+    weights = scores.softmax(-1).masked_fill(blind, 0.0)[..., : key.shape[2]]
     weights = nn.functional.dropout(weights, dropout).to(value.dtype)
     return (weights @ value).transpose(1, 2)
 

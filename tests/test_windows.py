@@ -95,6 +95,15 @@ def test_generation_and_forwards_with_a_cache(family):
     assert_close(*(torch.stack(one.logits) for one in made))
 
 
+def test_not_a_number_stays_one_with_a_cache():
+    """Padding sees nothing and gets 0; broken weights must not look like padding."""
+    model, ids = make_model(tiny_gemma2(), "fpdt", train=False), make_batch()["input_ids"]
+    with torch.no_grad():
+        assert model(ids, use_cache=True).logits.isfinite().all()
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+        assert model(ids, use_cache=True).logits.isnan().any()
+
+
 def test_only_what_the_window_reaches_is_multiplied_and_fetched(monkeypatch):
     """Twice the tokens cost twice as much."""
     products, fetched = [], []
