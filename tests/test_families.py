@@ -127,7 +127,7 @@ def test_exact(family):
         assert abs(wide(**batch).loss - plain(**batch).loss) > 1e-4, "the window makes no difference"
     after = mask.flip(1)
     padded_after = batch | {"attention_mask": after, "labels": batch["labels"].masked_fill(after == 0, -100)}
-    rows = [[(0, 20), (20, 21), (21, 47)], [(0, 47)]]
+    rows = [TEXTS, [(0, 47)]]
     *alone, labels = one_by_one(plain, batch["input_ids"], rows)  # eager lets documents see each other in some families
     packed = batch | {"position_ids": positions_of(rows, 47), "labels": labels}
     for case, given in {"dense": batch, "padded": padded, "padded after": padded_after, "packed": packed}.items():
@@ -138,21 +138,35 @@ def test_exact(family):
             assert_gradients_close(grads, want_grads, may_be_zero=MAY_BE_ZERO)
 
 
+TEXTS = [(0, 20), (20, 21), (21, 47)]
+
+
+def _shared_batches() -> dict[str, dict]:
+    """Two rows, two rows of which one is padded on the right, one row of three texts."""
+    dense, mask = make_batch(2, 47), torch.ones(2, 47, dtype=torch.long)
+    mask[1, 38:] = 0
+    padded = dense | {"attention_mask": mask, "labels": dense["labels"].masked_fill(mask == 0, -100)}
+    packed = make_batch(1, 47) | {"position_ids": positions_of([TEXTS], 47)}
+    packed["labels"][packed["position_ids"] == 0] = -100
+    return {"dense": dense, "padded": padded, "packed": packed}
+
+
 def _train_shared(rank: int, families: list[str]) -> dict:
-    """Loss and summed gradients of a family's shard, or the error."""
-    group, found = dist.group.WORLD, {}
+    """Loss and summed gradients of a family's shard, by kind of batch, or the error."""
+    group, settings, found = dist.group.WORLD, FPDTConfig(chunk_size=14), {}
     for family in families:
         try:
-            settings = FPDTConfig(chunk_size=14)
             model = apply_fpdt(make_model(config_of(family, EXACT[family]), "eager"), settings, sp_group=group)
-            loss = step(model, shard_of(make_batch(2, 47), settings, rank, group.size()), group)
+            found[family] = {}
+            for kind, batch in _shared_batches().items():
+                model.zero_grad()
+                loss = step(model, shard_of(batch, settings, rank, group.size()), group)
+                grads = {name: grad for name, grad in gradients(model).items() if grad is not None}
+                for grad in grads.values():
+                    dist.all_reduce(grad)
+                found[family][kind] = loss, grads
         except ValueError as error:
             found[family] = str(error)
-            continue
-        grads = {name: grad for name, grad in gradients(model).items() if grad is not None}
-        for grad in grads.values():
-            dist.all_reduce(grad)
-        found[family] = loss, grads
     return found
 
 
@@ -164,14 +178,19 @@ def shared():
 
 @pytest.mark.parametrize("family", EXACT)
 def test_shared_by_two_processes(family, shared):
-    """Every rank's loss, and the sum of their gradients."""
-    want, want_grads = loss_and_gradients(make_model(config_of(family, EXACT[family]), "eager"), make_batch(2, 47))
-    for results in shared:
-        assert not isinstance(results[family], str), results[family]
-        loss, grads = results[family]
-        assert abs(loss - want) <= 2e-6 * want
-        there = {name: grad for name, grad in want_grads.items() if grad is not None}
-        assert_gradients_close(grads, there, may_be_zero=MAY_BE_ZERO)
+    """Every rank's loss, and the sum of their gradients: dense, padded on the right, packed."""
+    plain = make_model(config_of(family, EXACT[family]), "eager")
+    for kind, batch in _shared_batches().items():
+        if kind == "packed":
+            want, want_grads, _ = one_by_one(plain, batch["input_ids"], [TEXTS])
+        else:
+            want, want_grads = loss_and_gradients(plain, batch)
+        for results in shared:
+            assert not isinstance(results[family], str), results[family]
+            loss, grads = results[family][kind]
+            assert abs(loss - want) <= 2e-6 * want, kind
+            there = {name: grad for name, grad in want_grads.items() if grad is not None}
+            assert_gradients_close(grads, there, may_be_zero=MAY_BE_ZERO)
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -240,7 +259,7 @@ with fpdt, in ragged chunks and in one, in fp32, and compares the loss (2e-6) an
 
 * one text a row, padding on either side, and packed documents (against a run of each document alone);
 * windows, capped scores and sinks, where a family has them, in these cases;
-* every sequence shared by two processes (their losses, and the sum of their gradients);
+* every sequence shared by two processes, dense, padded on the right and packed (their losses, and the sum of their gradients);
 * LoRA on all linear modules.
 
 Families that are not here and take attention from transformers' interface run the same code, untested."""
