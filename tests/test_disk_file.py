@@ -674,13 +674,18 @@ def test_host_memory_that_queued_copies_still_write(cuda, file):
 
 
 def test_an_interrupted_get_leaves_everything_usable(cpu, file, monkeypatch):
-    tensor, go = torch.randn(3000), threading.Event()
+    tensor, go, interrupted = torch.randn(3000), threading.Event(), threading.Event()
     kept, preadv = DiskCopy(cpu, file, tensor), os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *args: go.wait(10) and preadv(*args))
-    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-    timer.start()
+    monkeypatch.setattr(os, "preadv", lambda *args: go.wait(60) and preadv(*args))
+
+    def interrupt():
+        while not interrupted.wait(0.5):  # again, if the first came while Python ran a finalizer, which ignores it
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         kept.get()
+    interrupted.set()
     other = DiskCopy(cpu, file, torch.ones(7))
     dropped = DiskCopy(cpu, file, torch.ones(7))
     dropped.prefetch()
