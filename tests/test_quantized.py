@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def qlora(checkpoint, implementation: str, lora: dict = LORA, dtype=torch.float32, **quantization):
+def qlora(checkpoint, implementation: str, lora: dict = LORA, dtype=torch.float32, device: str = "cpu", **quantization):
     """As people make them: loaded, quantized, prepared, with an adapter that changes what the model computes."""
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **quantization}
     model = AutoModelForCausalLM.from_pretrained(
@@ -35,14 +35,14 @@ def qlora(checkpoint, implementation: str, lora: dict = LORA, dtype=torch.float3
         quantization_config=BitsAndBytesConfig(**settings),
         attn_implementation=implementation,
         dtype=dtype,
-        device_map={"": "cpu"},
+        device_map={"": device},
     )
     torch.manual_seed(0)
     model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), peft.LoraConfig(**lora))
     generator = torch.Generator().manual_seed(3)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data += 0.2 * torch.randn(weight.shape, generator=generator)
+            weight.data += 0.2 * torch.randn(weight.shape, generator=generator).to(weight.device)
     return model.train()
 
 
