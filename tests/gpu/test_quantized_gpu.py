@@ -1,10 +1,9 @@
 """
-QLoRA on a GPU: adapters on bitsandbytes' 4-bit weights against eager attention, in the precision the weights are computed in.
-A failure means finetuning that learns something else than without streaming.
+QLoRA on a GPU: adapters on bitsandbytes' 4-bit weights against eager attention in fp32; rounding is what sdpa has of it. A failure means finetuning that learns something else than without streaming.
 """
 
 import pytest
-from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, tiny_llama
+from reference import assert_gradients_close, difference, loss_and_gradients, make_batch, make_model, tiny_llama
 from test_quantized import qlora
 
 from hf_fpdt import FPDTConfig, apply_fpdt
@@ -37,4 +36,6 @@ def test_loss_and_gradients_equal_eager(name, settings, checkpoint):
     got, grads = loss_and_gradients(model, batch)
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()) >= 2 * 7
     assert abs(got - want) <= 2e-6 * want
-    assert_gradients_close(grads, want_grads, 2e-5)
+    _, plain = loss_and_gradients(qlora(checkpoint, "sdpa", **CASES[name], device="cuda"), batch)
+    apart = max(difference(plain[name], want) for name, want in want_grads.items() if want is not None)
+    assert_gradients_close(grads, want_grads, max(2e-5, 1.5 * apart))
