@@ -1,5 +1,6 @@
 """
-QLoRA on a GPU: adapters on bitsandbytes' 4-bit weights against eager attention in fp32; rounding is what sdpa has of it. A failure means finetuning that learns something else than without streaming.
+QLoRA on a GPU: adapters on bitsandbytes' 4-bit weights against eager attention in fp32, to the rounding that sdpa has. A
+failure means finetuning that learns something else than without streaming.
 """
 
 import pytest
