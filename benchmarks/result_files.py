@@ -87,6 +87,7 @@ def _settings(row: dict) -> str:
     """How the row differs from a plain one of its contender."""
     words = [row.get("kernel", ""), "" if row.get("optimizer", "none") == "none" else row["optimizer"]]
     words += [f"LoRA {row['lora']}" if row.get("lora") else "", json.dumps(row["fpdt"]) if row.get("fpdt") else ""]
+    words += [json.dumps(row["zero"]) if row.get("zero") else ""]
     words += [f"{row['documents']} documents" if "documents" in row else ""]
     words += [f"window {row['window']}" if "window" in row else ""]
     words += [f"ballast of {row['ballast']['layers']} layers" if "ballast" in row else ""]

@@ -46,6 +46,7 @@ class SharedSpec:
     layers: int
     repeats: int = 2
     fpdt: dict = field(default_factory=dict)
+    zero: dict = field(default_factory=dict)
     trace: bool = False
     device: str = "cuda"
 
@@ -62,7 +63,8 @@ class SharedSpec:
     def row(self) -> dict:
         """The part of a row that is known before the point runs."""
         row = {name: getattr(self, name) for name in ("contender", "gpus", "seq_len", "layers", "shape")}
-        return row | ({"fpdt": self.fpdt} if self.contender.startswith("fpdt") else {})
+        row |= {"fpdt": self.fpdt} if self.contender.startswith("fpdt") else {}
+        return row | ({"zero": self.zero} if self.zero else {})
 
 
 def main():
@@ -138,6 +140,7 @@ def _accelerated(spec: SharedSpec, config) -> _Step:
 
     backend = InitProcessGroupKwargs(backend="nccl" if spec.device == "cuda" else "gloo")
     accelerator = Accelerator(kwargs_handlers=[backend])
+    accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= spec.zero
     ours = spec.contender.startswith("fpdt")
     if ours:
         import hf_fpdt

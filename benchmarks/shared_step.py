@@ -49,6 +49,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: only that one")
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
+    parser.add_argument("--zero", default="{}", help="DeepSpeed's zero_optimization as JSON, or a list of such: a row for each")
     parser.add_argument("--trace", action="store_true", help="profile one more step")
     parser.add_argument(
         "--time-limit", type=float, metavar="S", help="points not started by then are not run, one running ends"
@@ -60,16 +61,16 @@ def _arguments(words: list[str] | None = None):
 
 def specs_of(args) -> list[SharedSpec]:
     """The points of a command, in order. One GPU is hf_fpdt's alone."""
-    settings = json.loads(args.fpdt)
-    several = settings if isinstance(settings, list) else [settings]
+    fpdts, zeros = (one if isinstance(one, list) else [one] for one in map(json.loads, (args.fpdt, args.zero)))
     common = {name: getattr(args, name) for name in ("shape", "layers", "repeats", "trace", "device")}
     return [
-        SharedSpec(contender=contender, gpus=int(gpus), seq_len=int(seq_len), fpdt=fpdt, **common)
+        SharedSpec(contender=contender, gpus=int(gpus), seq_len=int(seq_len), fpdt=fpdt, zero=zero, **common)
         for seq_len, contender, gpus in itertools.product(
             args.seq_lens.split(","), args.contenders.split(","), args.gpus.split(",")
         )
         if contender.startswith("fpdt") or int(gpus) > 1
-        for fpdt in (several if contender.startswith("fpdt") else [{}])
+        for fpdt in (fpdts if contender.startswith("fpdt") else [{}])
+        for zero in (zeros if contender != "ring" else [{}])
     ]
 
 

@@ -9,78 +9,56 @@ A rank holds a slice of every chunk's tokens with all heads. Attention needs all
 and the gradients take the same ways back. A key/value head goes to the ranks whose query heads attend to it: with fewer of them
 than ranks, to several, whose gradients are summed. Nothing is repeated on the wire.
 
+A rank's heads go in groups (`HeadSplit.groups`), and nothing waits where it is sent: while one group attends, the next ones are
+on their way there, and those before it on their way back. What remains is the first group's way there and the last one's back.
+
+    compute       pack | attend 0 | attend 1 | attend 2 | attend 3 | join
+    exchange         0 there | 1 2 3 there | 0 back | 1 back | 2 back | 3 back
+
 This is the only module that communicates inside a layer, and only within the group. Every rank of a group must call the same
 methods in the same order with the same shapes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .head_split import ALL_HEADS, HeadGroup, HeadSplit
 
-@dataclass(frozen=True)
-class HeadSplit:
+
+class Arriving:
     """
-    Which heads each of `size` ranks attends with. Integers only.
+    An all-to-all under way. `get`, to be called once, makes compute wait for it, on a GPU not the host, and returns what
+    `unpack` makes of what it brought.
 
     Args:
-        heads, kv_heads: of the model; `kv_heads` divides `heads`.
-
-    Raises:
-        ValueError: if the ranks cannot have equally many query heads.
+        sent: what must not change until then.
+        work: what to wait for; None if it is over.
     """
 
-    heads: int
-    kv_heads: int
-    size: int
+    def __init__(self, got: Tensor, sent: Tensor, work: "dist.Work | None", unpack: Callable[[Tensor], Any]):
+        self._got, self._sent, self._work, self._unpack = got, sent, work, unpack
 
-    def __post_init__(self):
-        if self.heads % self.size:
-            valid = [size for size in range(1, self.heads + 1) if self.heads % size == 0]
-            raise ValueError(
-                f"{self.heads} attention heads cannot be split over a sequence-parallel group of {self.size} processes. Use an "
-                f"sp_size of {', '.join(map(str, valid))}."
-            )
+    def get(self) -> Any:
+        if self._work is not None:
+            self._work.wait()
+        got, self._got, self._sent, self._work = self._got, None, None, None
+        return self._unpack(got)
 
-    @property
-    def heads_per_rank(self) -> int:
-        return self.heads // self.size
 
-    @property
-    def kv_per_rank(self) -> int:
-        """Key/value heads that every rank receives: as many as the rank that needs most."""
-        return max(stop - start for start, stop in map(self._needed, range(self.size)))
+class Arrived:
+    """What nobody had to send. Same interface as `Arriving`."""
 
-    def received(self, rank: int) -> range:
-        """The key/value heads that a rank receives."""
-        start = min(self._needed(rank)[0], self.kv_heads - self.kv_per_rank)
-        return range(start, start + self.kv_per_rank)
+    def __init__(self, got: Any):
+        self._got = got
 
-    def sent(self) -> tuple[int, ...] | None:
-        """The key/value heads that leave a rank, in the order of the ranks they go to; None if that is each once, in order."""
-        found = tuple(head for rank in range(self.size) for head in self.received(rank))
-        return None if found == tuple(range(self.kv_heads)) else found
-
-    def head_map(self, rank: int) -> tuple[int, ...] | None:
-        """
-        For each query head of a rank the key/value head it attends to, counted in `received`. None if those are groups of equal
-        size in order, which is how attention kernels take them.
-        """
-        first, received = rank * self.heads_per_rank, self.received(rank)
-        found = tuple(self._kv_of(first + head) - received.start for head in range(self.heads_per_rank))
-        group, rest = divmod(self.heads_per_rank, len(received))
-        in_groups = rest == 0 and found == tuple(head // group for head in range(self.heads_per_rank))
-        return None if in_groups else found
-
-    def _kv_of(self, head: int) -> int:
-        return head // (self.heads // self.kv_heads)
-
-    def _needed(self, rank: int) -> tuple[int, int]:
-        first = rank * self.heads_per_rank
-        return self._kv_of(first), self._kv_of(first + self.heads_per_rank - 1) + 1
+    def get(self) -> Any:
+        got, self._got = self._got, None
+        return got
 
 
 class NoExchange:
@@ -91,21 +69,32 @@ class NoExchange:
     def own_heads(self, heads: int) -> slice:
         return slice(None)
 
-    def scatter(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return query, key, value
+    def groups(self, heads: int, kv_heads: int) -> tuple[HeadGroup, ...]:
+        return (ALL_HEADS,)
 
-    def scatter_heads(self, x: Tensor) -> Tensor:
-        return x
+    def scatter(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor) -> Arrived:
+        return Arrived((query, key, value))
 
-    def gather_heads(self, x: Tensor) -> Tensor:
-        return x
+    def scatter_heads(self, group: HeadGroup, x: Tensor) -> Arrived:
+        return Arrived(x)
 
-    def gather_grads(self, query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        return query, key, value
+    def gather_heads(self, x: Tensor) -> Arrived:
+        return Arrived(x)
+
+    def join_heads(self, groups: Sequence[HeadGroup], returning: Sequence[Arrived]) -> Tensor:
+        return returning[0].get()
+
+    def gather_grads(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> Arrived:
+        return Arrived((query, key, value))
+
+    def join_grads(self, groups: Sequence[HeadGroup], returning: Sequence[Arrived], kv_heads: int) -> tuple[Tensor, ...]:
+        return returning[0].get()
 
 
 class HeadExchange:
     """
+    `scatter*` and `gather*` send, for one group of heads, and return what is on its way; `join*` wait for all groups.
+
     Args:
         group: the ranks that share a sequence, at least two.
     """
@@ -117,64 +106,97 @@ class HeadExchange:
         """Which of the query heads this rank attends with."""
         return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
 
-    def scatter(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Before attention, in one all-to-all. The key and value heads are those that the query heads attend to, in groups."""
-        sent, used, _ = _ways(query.shape[2], key.shape[2], self.size, self.rank)
-        if sent is not None:
-            key, value = (t.index_select(2, _index(sent, t.device)) for t in (key, value))
-        query, key, value = self._scatter(query, key, value)
-        if used is not None:
-            key, value = (t.index_select(2, _index(used, t.device)) for t in (key, value))
-        return query, key, value
+    def groups(self, heads: int, kv_heads: int) -> tuple[HeadGroup, ...]:
+        """How the heads of each rank are divided, of a model with so many."""
+        return _ways(heads, kv_heads, self.size, self.rank)[0]
 
-    def scatter_heads(self, x: Tensor) -> Tensor:
-        """Of the query, or of the gradient of out, alone."""
-        return self._scatter(x)[0]
-
-    def gather_heads(self, x: Tensor) -> Tensor:
-        """After attention."""
-        return self._gather(x)[0]
-
-    def gather_grads(self, query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def scatter(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor) -> Arriving:
         """
-        Gradients of what `scatter` was given, from those of what it returned, in one all-to-all.
+        Before attention, in one all-to-all: `query`, `key`, `value` of this rank's tokens and all heads, brings those of all
+        tokens and the group's heads: the key/value heads that the query heads attend to, in groups of equal size. Only the
+        first group of some key/value heads brings them; for another they are None.
+        """
+        _, sent, used, _ = _ways(query.shape[2], key.shape[2], self.size, self.rank)
+        tensors = [self._by_rank(query, group.query)]
+        if group.first:
+            key, value = (t if sent is None else t.index_select(2, _index(sent, t.device)) for t in (key, value))
+            tensors += [self._by_rank(t, group.key_value) for t in (key, value)]
+
+        def unpack(query: Tensor, key: Tensor | None = None, value: Tensor | None = None):
+            if used is not None:
+                key, value = (t.index_select(2, _index(used, t.device)) for t in (key, value))
+            return query, key, value
+
+        return self._scatter(tensors, unpack)
+
+    def scatter_heads(self, group: HeadGroup, x: Tensor) -> Arriving:
+        """Of the query, or of the gradient of out, alone."""
+        return self._scatter([self._by_rank(x, group.query)], lambda x: x)
+
+    def gather_heads(self, x: Tensor) -> Arriving:
+        """After attention: out of all tokens and a group's heads."""
+        return self._gather(x)
+
+    def join_heads(self, groups: Sequence[HeadGroup], returning: Sequence[Arriving]) -> Tensor:
+        """Out of this rank's tokens and all heads, from what every group's `gather_heads` brings."""
+        parts = [coming.get()[0] for coming in returning]
+        return _joined(parts, [group.query for group in groups])
+
+    def gather_grads(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> Arriving:
+        """
+        Gradients of what a group's `scatter` brought, in one all-to-all. Only the last group of some key/value heads sends
+        theirs.
 
         Args:
             kv_heads: of the model.
         """
-        sent, used, kv_per_rank = _ways(query.shape[2] * self.size, kv_heads, self.size, self.rank)
-        if used is not None:
-            key, value = (_summed_heads(t, used, kv_per_rank) for t in (key, value))
-        query, key, value = self._gather(query, key, value)
+        if not group.last:
+            return self._gather(query)
+        if group is ALL_HEADS:
+            _, _, used, kv_per_rank = _ways(query.shape[2] * self.size, kv_heads, self.size, self.rank)
+            if used is not None:
+                key, value = (_summed_heads(t, used, kv_per_rank) for t in (key, value))
+        return self._gather(query, key, value)
+
+    def join_grads(self, groups: Sequence[HeadGroup], returning: Sequence[Arriving], kv_heads: int) -> tuple[Tensor, ...]:
+        """Gradients of what all groups' `scatter` were given, from what their `gather_grads` bring."""
+        found = [coming.get() for coming in returning]
+        query = _joined([parts[0] for parts in found], [group.query for group in groups])
+        places = [group.key_value for group in groups if group.last]
+        key, value = (_joined([parts[index] for parts in found if len(parts) > 1], places) for index in (1, 2))
+        sent = _ways(query.shape[2], kv_heads, self.size, self.rank)[1]
         if sent is not None:
             key, value = (_summed_heads(t, sent, kv_heads) for t in (key, value))
         return query, key, value
 
-    def _scatter(self, *tensors: Tensor) -> list[Tensor]:
-        """`[batch, tokens, size * heads, dim]` each to `[batch, size * tokens, heads, dim]`."""
-        batch, tokens = tensors[0].shape[:2]
-        widths = [t.shape[2] // self.size * t.shape[3] for t in tensors]
-        sent = tensors[0].new_empty(self.size, batch, tokens, sum(widths))
-        for part, t in zip(sent.split(widths, -1), tensors, strict=True):
-            part.unflatten(-1, (-1, t.shape[3])).copy_(t.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4))
-        got = self._all_to_all(sent).transpose(0, 1).reshape(batch, self.size * tokens, -1)
-        parts = zip(got.split(widths, -1), tensors, strict=True)
-        return [part.unflatten(-1, (-1, t.shape[3])) for part, t in parts]
+    def _by_rank(self, x: Tensor, heads: slice) -> Tensor:
+        """`[batch, tokens, size * heads, dim]` as `[size, batch, tokens, some of the heads, dim]`."""
+        return x.unflatten(2, (self.size, -1))[:, :, :, heads].permute(2, 0, 1, 3, 4)
 
-    def _gather(self, *tensors: Tensor) -> list[Tensor]:
-        """The way back: `[batch, size * tokens, heads, dim]` each to `[batch, tokens, size * heads, dim]`."""
-        batch, tokens = tensors[0].shape[0], tensors[0].shape[1] // self.size
-        widths = [t.shape[2] * t.shape[3] for t in tensors]
-        sent = tensors[0].new_empty(self.size, batch, tokens, sum(widths))
-        for part, t in zip(sent.split(widths, -1), tensors, strict=True):
-            part.unflatten(-1, (-1, t.shape[3])).copy_(t.unflatten(1, (self.size, -1)).transpose(0, 1))
-        parts = zip(self._all_to_all(sent).split(widths, -1), tensors, strict=True)
-        return [part.permute(1, 2, 0, 3).reshape(batch, tokens, -1, t.shape[3]) for part, t in parts]
+    def _scatter(self, tensors: Sequence[Tensor], unpack: Callable) -> Arriving:
+        """`[size, batch, tokens, heads, dim]` each; `unpack` gets them as `[batch, size * tokens, heads, dim]`."""
+        size, batch, tokens = tensors[0].shape[:3]
+        widths, dims = [t.shape[3] * t.shape[4] for t in tensors], [t.shape[4] for t in tensors]
 
-    def _all_to_all(self, sent: Tensor) -> Tensor:
+        def parts(got: Tensor):
+            got = got.transpose(0, 1).reshape(batch, size * tokens, -1).split(widths, -1)
+            return unpack(*(part.unflatten(-1, (-1, dim)) for part, dim in zip(got, dims, strict=True)))
+
+        return self._all_to_all(_packed(tensors), parts)
+
+    def _gather(self, *tensors: Tensor) -> Arriving:
+        """The way back, of `[batch, size * tokens, heads, dim]` each; brings them as `[batch, tokens, size, heads, dim]`."""
+        widths, dims = [t.shape[2] * t.shape[3] for t in tensors], [t.shape[3] for t in tensors]
+
+        def parts(got: Tensor) -> list[Tensor]:
+            got = got.permute(1, 2, 0, 3).split(widths, -1)
+            return [part.unflatten(-1, (-1, dim)) for part, dim in zip(got, dims, strict=True)]
+
+        return self._all_to_all(_packed([t.unflatten(1, (self.size, -1)).transpose(0, 1) for t in tensors]), parts)
+
+    def _all_to_all(self, sent: Tensor, unpack: Callable[[Tensor], Any]) -> Arriving:
         got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=self.group)
-        return got
+        return Arriving(got, sent, dist.all_to_all_single(got, sent, group=self.group, async_op=True), unpack)
 
 
 class MeasuredExchange(HeadExchange):
@@ -183,15 +205,35 @@ class MeasuredExchange(HeadExchange):
     def __init__(self, size: int, rank: int):
         self.group, self.size, self.rank = None, size, rank
 
-    def _all_to_all(self, sent: Tensor) -> Tensor:
-        return torch.zeros_like(sent)
+    def _all_to_all(self, sent: Tensor, unpack: Callable[[Tensor], Any]) -> Arriving:
+        return Arriving(torch.zeros_like(sent), sent, None, unpack)
 
 
 @lru_cache
-def _ways(heads: int, kv_heads: int, size: int, rank: int) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, int]:
-    """`sent`, `head_map` and `kv_per_rank` of a split: the same in every chunk of every layer."""
+def _ways(heads: int, kv_heads: int, size: int, rank: int) -> tuple:
+    """`groups`, `sent`, `head_map` and `kv_per_rank` of a split: the same in every chunk of every layer."""
     split = HeadSplit(heads, kv_heads, size)
-    return split.sent(), split.head_map(rank), split.kv_per_rank
+    return split.groups(), split.sent(), split.head_map(rank), split.kv_per_rank
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """`[size, batch, tokens, heads, dim]` each, next to each other in `[size, batch, tokens, width]`."""
+    widths = [t.shape[3] * t.shape[4] for t in tensors]
+    packed = tensors[0].new_empty(*tensors[0].shape[:3], sum(widths))
+    for part, t in zip(packed.split(widths, -1), tensors, strict=True):
+        part.unflatten(-1, (-1, t.shape[4])).copy_(t)
+    return packed
+
+
+def _joined(parts: Sequence[Tensor], places: Sequence[slice]) -> Tensor:
+    """`[batch, tokens, size, some heads, dim]` each, of these heads of every rank, as `[batch, tokens, size * heads, dim]`."""
+    if len(parts) == 1:
+        return parts[0].flatten(2, 3)
+    batch, tokens, size, _, dim = parts[0].shape
+    whole = parts[0].new_empty(batch, tokens, size, places[-1].stop, dim)
+    for part, place in zip(parts, places, strict=True):
+        whole[:, :, :, place] = part
+    return whole.flatten(2, 3)
 
 
 @lru_cache

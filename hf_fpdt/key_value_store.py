@@ -1,8 +1,9 @@
 """
 K and V of one layer, from its forward to the end of its backward: whole on the device, or in blocks that come from the host.
 
-Both stores are used in the same order: `append` and `attend` for every chunk, `end_forward`; then `begin_backward` and, last
-chunk first, `attend_backward` (and `attend` again if attention was not saved), `release`.
+Both kinds are used in the same order: `append` and `attend` for every chunk, `end_forward`; then `begin_backward` and, last
+chunk first, `attend_backward` (and `attend` again if attention was not saved), `release`. A layer has one for each group of its
+heads (`StorePerGroup`).
 
     resident   K, V [batch, seq_len, kv_heads, dim] and, in the backward, their gradients in fp32: O(seq_len) on the device.
                One attention call (or two) a chunk; K and V wait on the host between the passes.
@@ -23,12 +24,49 @@ from torch import Tensor
 from .attention_kernels import AttentionKernel, ScoreRule
 from .causal_attention import attend_segments, attend_segments_backward, join_queries, join_segments, query_parts
 from .documents import Segment
+from .head_split import HeadGroup
 from .online_softmax import merge_attention
 from .transfers import HostCopy, KeptTensor
 
 Span = tuple[int, int]
 Keep = Callable[[Tensor], "KeptTensor | HostCopy"]
 Segments = Callable[[int | None], Sequence[Sequence[Segment]]]  # of every chunk, for a window
+
+
+class StorePerGroup:
+    """
+    The stores of one layer: one for each group of key/value heads, which are exchanged and attended to one after the other.
+
+    Args:
+        new: makes an empty one.
+    """
+
+    def __init__(self, new: "Callable[[], ResidentStore | StreamedStore]"):
+        self._new = new
+        self._stores: dict = {}
+
+    def of(self, group: HeadGroup) -> "ResidentStore | StreamedStore":
+        """That of a group's key/value heads; query heads of several groups may attend to them."""
+        first = group.key_value.start
+        if first not in self._stores:
+            self._stores[first] = self._new()
+        return self._stores[first]
+
+    def end_forward(self) -> None:
+        for store in self._stores.values():
+            store.end_forward()
+
+    def prefetch(self) -> None:
+        for store in self._stores.values():
+            store.prefetch()
+
+    def begin_backward(self) -> None:
+        for store in self._stores.values():
+            store.begin_backward()
+
+    def release(self) -> None:
+        for store in self._stores.values():
+            store.release()
 
 
 class ResidentStore:
@@ -73,16 +111,21 @@ class ResidentStore:
         wide = torch.promote_types(self._key.dtype, torch.float32)
         self._grads = tuple(torch.zeros_like(t, dtype=wide) for t in (self._key, self._value))
 
-    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule):
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule, complete: bool = True):
         """
-        Gradients of a chunk's query, key and value, the latter complete: chunks after it have run already. Adds to those of
-        the keys before it.
+        Gradients of a chunk's query, key and value. Adds to those of the keys before it.
+
+        Args:
+            complete: whether these are the last of the chunk's query heads that attend to the store's keys. The gradients of
+                key and value are then complete, because chunks after this one have run already; else they are None.
         """
         start, stop = self._spans[index]
         where = self._segments(rule.window)[index], (start, stop)
         grad_query = attend_segments_backward(
             kernel, grad_out, query, self._key, self._value, out, lse, *where, rule, *self._grads
         )
+        if not complete:
+            return grad_query, None, None
         return grad_query, *(grad[:, start:stop].to(self._key.dtype) for grad in self._grads)
 
     def release(self) -> None:
@@ -150,11 +193,12 @@ class StreamedStore:
     def begin_backward(self) -> None:
         self._grads = {}
 
-    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule):
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule, complete: bool = True):
         chunk, segments = self._spans[index], self._segments(rule.window)[index]
         first, wide = self._first_block(index, segments), torch.promote_types(query.dtype, torch.float32)
         if rule.window is not None:
-            return self._attend_backward_together(kernel, first, index, grad_out, query, out, lse, segments, rule, wide)
+            tensors = grad_out, query, out, lse
+            return self._attend_backward_together(kernel, first, index, *tensors, segments, rule, wide, complete)
         parts = [query_parts(segment, chunk, grad_out, query, out, lse) for segment in segments]
         grad_queries: list[Tensor | None] = [None] * len(segments)
         groups = [(*self._blocks[block], *self._grads.get(block, ())) for block in range(first, index + 1)]
@@ -170,13 +214,18 @@ class StreamedStore:
                 )
                 grad_queries[number] = piece.to(wide) if grad_queries[number] is None else grad_queries[number].add_(piece)
                 sums = _added(sums, grads, keys, (key, value), wide)
-            if block < index:
+            if sums and not (complete and block == index):
                 self._replace_sums(block, sums)
+        grad_query = join_queries(grad_queries, segments, chunk, query)
+        if not complete:
+            return grad_query, None, None
         self._release_block(index)
         sums = sums or (key.new_zeros(key.shape), value.new_zeros(value.shape))  # of padding alone
-        return join_queries(grad_queries, segments, chunk, query), *(total.to(key.dtype) for total in sums)
+        return grad_query, *(total.to(key.dtype) for total in sums)
 
-    def _attend_backward_together(self, kernel, first: int, index: int, grad_out, query, out, lse, segments, rule, wide):
+    def _attend_backward_together(
+        self, kernel, first: int, index: int, grad_out, query, out, lse, segments, rule, wide, complete: bool
+    ):
         key, value = self._together(first, index)
         grads = tuple(torch.zeros_like(tensor, dtype=wide) for tensor in (key, value))
         start = self._spans[first][0]
@@ -187,8 +236,11 @@ class StreamedStore:
         for block, part in zip(blocks, parts, strict=True):
             for kept, grad in zip(self._grads.get(block, ()), part, strict=False):
                 grad += kept.get()
-        for block, part in zip(blocks[:-1], parts[:-1], strict=True):  # no part may change while another is copied
+        own = len(blocks) - complete
+        for block, part in zip(blocks[:own], parts[:own], strict=True):  # no part may change while another is copied
             self._replace_sums(block, part)
+        if not complete:
+            return grad_query, None, None
         self._release_block(index)
         return grad_query, *(grad.to(key.dtype) for grad in parts[-1])
 

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from .attention_kernels import AttentionKernel, ScoreRule
 from .head_exchange import HeadExchange, NoExchange
+from .head_split import HeadGroup
 from .kernel_choice import choose_kernel
-from .key_value_store import ResidentStore, Segments, StreamedStore
+from .key_value_store import ResidentStore, Segments, StorePerGroup, StreamedStore
 from .memory_model import LayerPlacement
 from .online_softmax import sinks_grad, with_sinks
 from .places import Places
@@ -76,10 +77,10 @@ class LayerCall:
         """Puts a tensor where this call keeps what is needed later."""
         return self.places.keep(tensor, self.placement.place)
 
-    def new_store(self) -> ResidentStore | StreamedStore:
+    def new_stores(self) -> StorePerGroup:
         if self.stream_kv:
-            return StreamedStore(self.store_spans, self.segments, self.keep_here, self.places.settle)
-        return ResidentStore(self.store_spans, self.segments, self.keep_here)
+            return StorePerGroup(lambda: StreamedStore(self.store_spans, self.segments, self.keep_here, self.places.settle))
+        return StorePerGroup(lambda: ResidentStore(self.store_spans, self.segments, self.keep_here))
 
 
 def run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "Chunk") -> Tensor:
@@ -107,8 +108,8 @@ def run_chunk(call: LayerCall, x_chunk: Tensor, chunk: "Chunk") -> Tensor:
 class Chunk:
     """The chunk running through a layer, as the attention function sees it."""
 
-    def __init__(self, call: LayerCall, index: int, store: ResidentStore | StreamedStore):
-        self.call, self.index, self.span, self.store = call, index, call.spans[index], store
+    def __init__(self, call: LayerCall, index: int, stores: StorePerGroup):
+        self.call, self.index, self.span, self.stores = call, index, call.spans[index], stores
         self.attended = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule, sinks: Tensor | None = None) -> Tensor:
@@ -142,20 +143,36 @@ class Chunk:
     def _attend(self, how: "Attention", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _attend_first(self, how: "Attention", query, key, value) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores K and V and attends: the query, out and lse of all tokens of the chunk and this process's heads."""
-        query, key, value = self.call.exchange.scatter(query, key, value)
-        query = query.contiguous()
-        self.store.append(self.index, key, value)
-        return query, *self._attend_to_stored(how, query)
+    def _attend_first(self, how: "Attention", query, key, value) -> tuple[list[tuple], Tensor]:
+        """
+        Stores K and V and attends.
 
-    def _attend_to_stored(self, how: "Attention", query: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = self.store.attend(how.kernel, self.index, query, how.rule)
-        return (out, lse) if how.sinks is None else with_sinks(out, lse, self.own_sinks(how))
+        Returns:
+            What `_SavedAttention` takes as `attended`, and out of this process's tokens.
+        """
+        exchange, groups = self.call.exchange, self.groups_of(query, key)
+        coming = [exchange.scatter(group, query, key, value) for group in groups]
+        attended, returning = [], []
+        for group, arriving in zip(groups, coming, strict=True):
+            own_query, own_key, own_value = arriving.get()
+            if group.first:
+                self.stores.of(group).append(self.index, own_key, own_value)
+            own_query = own_query.contiguous()
+            out, lse = self._attend_to_stored(how, group, own_query)
+            attended.append((own_query, out, lse))
+            returning.append(exchange.gather_heads(out))
+        return attended, exchange.join_heads(groups, returning)
 
-    def own_sinks(self, how: "Attention") -> Tensor:
-        """Of this process's heads."""
-        return how.sinks.detach()[self.call.exchange.own_heads(how.sinks.shape[0])]
+    def groups_of(self, query: Tensor, key: Tensor) -> Sequence[HeadGroup]:
+        return self.call.exchange.groups(query.shape[2], key.shape[2])
+
+    def _attend_to_stored(self, how: "Attention", group: HeadGroup, query: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = self.stores.of(group).attend(how.kernel, self.index, query, how.rule)
+        return (out, lse) if how.sinks is None else with_sinks(out, lse, self.own_sinks(how.sinks.detach(), group))
+
+    def own_sinks(self, sinks: Tensor, group: HeadGroup) -> Tensor:
+        """Those of a group of this process's heads, a view of `[heads]`."""
+        return sinks[self.call.exchange.own_heads(sinks.shape[0])][group.query]
 
 
 @dataclass(frozen=True)
@@ -172,18 +189,21 @@ class ForwardChunk(Chunk):
     Stores its K and V and attends.
 
     Args:
-        keep: called with out and lse.
+        keep: called with out and lse of every group of heads.
     """
 
-    def __init__(self, call, index, store, keep: Callable[[Tensor, Tensor], None] | None = None):
-        super().__init__(call, index, store)
+    def __init__(self, call, index, stores, keep: Callable[[Tensor, Tensor], None] | None = None):
+        super().__init__(call, index, stores)
         self._keep = keep
 
     def _attend(self, how, query, key, value):
-        _, out, lse = self._attend_first(how, query, key, value)
+        return self._attend_first(how, query, key, value)[1]
+
+    def _attend_to_stored(self, how, group, query):
+        found = super()._attend_to_stored(how, group, query)
         if self._keep is not None:
-            self._keep(out, lse)
-        return self.call.exchange.gather_heads(out)
+            self._keep(*found)
+        return found
 
 
 class GraphChunk(Chunk):
@@ -191,8 +211,8 @@ class GraphChunk(Chunk):
 
     def _attend(self, how, query, key, value):
         with torch.no_grad():
-            found = self._attend_first(how, query, key, value)
-        return _SavedAttention.apply(query, key, value, how.sinks, *found, (self, how))
+            attended, out = self._attend_first(how, query, key, value)
+        return _SavedAttention.apply(query, key, value, how.sinks, out, attended, self, how)
 
 
 class BackwardChunk(Chunk):
@@ -200,21 +220,40 @@ class BackwardChunk(Chunk):
     The second run, with gradients.
 
     Args:
-        kept: out and lse of the first run, or None to compute them again.
+        kept: out and lse of every group of heads in the first run, or None to compute them again.
     """
 
-    def __init__(self, call, index, store, kept: tuple | None):
-        super().__init__(call, index, store)
+    def __init__(self, call, index, stores, kept: Sequence[tuple] | None):
+        super().__init__(call, index, stores)
         self._kept = kept
+        self._found: list[tuple[Tensor, Tensor]] = []
+        self._returning: list = []
+        if kept is not None and call.exchange.size > 1:
+            self._fetch()  # out is on its way while the layer computes up to attention
 
     def _attend(self, how, query, key, value):
+        exchange, groups = self.call.exchange, self.groups_of(query, key)
         with torch.no_grad():
-            own_query = self.call.exchange.scatter_heads(query).contiguous()
-            if self._kept is not None:
-                out, lse = (kept.get() for kept in self._kept)
-            else:
-                out, lse = self._attend_to_stored(how, own_query)
-        return _SavedAttention.apply(query, key, value, how.sinks, own_query, out, lse, (self, how))
+            queries = [exchange.scatter_heads(group, query) for group in groups]
+            if self._kept is None:
+                queries = [self._attend_again(how, group, coming.get()) for group, coming in zip(groups, queries, strict=True)]
+            elif exchange.size == 1:
+                self._fetch()
+                queries = [coming.get().contiguous() for coming in queries]
+            out = exchange.join_heads(groups, self._returning)
+        attended = [(own_query, *found) for own_query, found in zip(queries, self._found, strict=True)]
+        return _SavedAttention.apply(query, key, value, how.sinks, out, attended, self, how)
+
+    def _fetch(self) -> None:
+        with torch.no_grad():
+            self._found = [(out.get(), lse.get()) for out, lse in self._kept]
+            self._returning = [self.call.exchange.gather_heads(out) for out, _ in self._found]
+
+    def _attend_again(self, how, group, query: Tensor) -> Tensor:
+        query = query.contiguous()
+        self._found.append(self._attend_to_stored(how, group, query))
+        self._returning.append(self.call.exchange.gather_heads(self._found[-1][0]))
+        return query
 
 
 class _SavedAttention(torch.autograd.Function):
@@ -222,29 +261,35 @@ class _SavedAttention(torch.autograd.Function):
     Attention whose result is known: returns it, and has the gradient of having computed it.
 
     Args:
-        query, key, value: of this process's tokens.
+        query, key, value, out: of this process's tokens.
         sinks: of all heads, or None.
-        own_query, out, lse: of all tokens of the chunk and this process's heads.
+        attended: for each group of heads, of all tokens of the chunk: query, which may be on its way, out and lse.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, sinks, own_query, out, lse, chunk_and_how):
-        ctx.save_for_backward(own_query, out, lse)
-        ctx.chunk_and_how, ctx.kv_heads = chunk_and_how, key.shape[2]
-        out = chunk_and_how[0].call.exchange.gather_heads(out)
+    def forward(ctx, query, key, value, sinks, out, attended, chunk, how):
+        queries, outs, lses = zip(*attended, strict=True)
+        ctx.coming = [own_query for own_query in queries if not torch.is_tensor(own_query)]
+        ctx.save_for_backward(*outs, *lses, *(own_query for own_query in queries if torch.is_tensor(own_query)))
+        ctx.chunk, ctx.how, ctx.groups, ctx.kv_heads = chunk, how, chunk.groups_of(query, key), key.shape[2]
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        own_query, out, lse = ctx.saved_tensors
-        chunk, how = ctx.chunk_and_how
-        exchange = chunk.call.exchange
-        grad_out = exchange.scatter_heads(grad_out).contiguous()
-        grads = chunk.store.attend_backward(how.kernel, chunk.index, grad_out, own_query, out, lse, how.rule)
-        grad_sinks = None
-        if ctx.needs_input_grad[3]:
-            grad_sinks = torch.zeros_like(how.sinks)  # of the other heads: other processes have them
-            own = exchange.own_heads(how.sinks.shape[0])
-            grad_sinks[own] = sinks_grad(grad_out, out, lse, how.sinks[own]).to(how.sinks.dtype)
-        return *exchange.gather_grads(*grads, ctx.kv_heads), grad_sinks, None, None, None, None
+        chunk, how, groups = ctx.chunk, ctx.how, ctx.groups
+        exchange, count = chunk.call.exchange, len(ctx.groups)
+        outs, lses, queries = (ctx.saved_tensors[at : at + count] for at in (0, count, 2 * count))
+        grad_sinks = torch.zeros_like(how.sinks) if ctx.needs_input_grad[3] else None  # other processes have other heads'
+        coming = [exchange.scatter_heads(group, grad_out) for group in groups]
+        returning = []
+        for index, (group, out, lse) in enumerate(zip(groups, outs, lses, strict=True)):
+            own_query = queries[index] if queries else ctx.coming[index].get().contiguous()
+            own_grad = coming[index].get().contiguous()
+            where = how.kernel, chunk.index, own_grad, own_query, out, lse, how.rule
+            grads = chunk.stores.of(group).attend_backward(*where, complete=group.last)
+            returning.append(exchange.gather_grads(group, *grads, ctx.kv_heads))
+            if grad_sinks is not None:
+                part = sinks_grad(own_grad, out, lse, chunk.own_sinks(how.sinks, group))
+                chunk.own_sinks(grad_sinks, group).copy_(part)
+        return *exchange.join_grads(groups, returning, ctx.kv_heads), grad_sinks, None, None, None, None

@@ -9,6 +9,7 @@ from torch import Tensor
 from .attention_kernels import AttentionKernel, ScoreRule
 from .causal_attention import MAX_BACKWARD_KEYS
 from .footprint import MemoryRecorder, footprint_of
+from .head_split import HeadGroup
 from .kernel_memory import AttentionProblem, backward_bytes
 from .layer_chunk import GraphChunk, LayerCall, run_chunk
 from .memory_model import ATTENTION_BACKWARD, FORWARD_DONE, LayerFootprint
@@ -26,7 +27,7 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
     store, autocast, x = _NoAttention(), AutocastState(x.device.type), _part_of_longer(x.detach())
 
     def run_once(length: int, recorder: MemoryRecorder, needs_grad: bool) -> tuple[Tensor, Tensor]:
-        store.recorder = recorder
+        store.begin(recorder)
         x_chunk = x[:, :length].detach().requires_grad_(needs_grad)
         with autocast.context(), torch.set_grad_enabled(needs_grad):
             one = replace(call, spans=[(0, length)], store_spans=[(0, length * ranks)])
@@ -45,14 +46,14 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         grad_y = _part_of_longer(torch.zeros_like(y))
         traces = [footprint_of(run, (tokens // 2, tokens), _weight_sizes(weights)) for run in (forward, backward)]
     problem = store.problem
-    # A token of this process is `ranks` tokens of its heads.
-    key_value = ranks * problem.kv_heads * (problem.head_dim + problem.value_dim)
+    # A token of this process is `ranks` tokens of its heads, which attend in groups.
+    key_value = ranks * store.kv_heads * (problem.head_dim + problem.value_dim)
     wide = max(problem.itemsize, 4)
     return LayerFootprint(
         hidden=x.nbytes / (batch * tokens),
         key_value=key_value * problem.itemsize,
         key_value_sums=key_value * wide,
-        attention=ranks * problem.heads * (problem.value_dim * problem.itemsize + wide),
+        attention=ranks * store.heads * (problem.value_dim * problem.itemsize + wide),
         weight_grads=sum(weight.nbytes for weight in weights),
         weight_sums=sum(weight.numel() * max(weight.element_size(), 4) for weight in weights),
         workspace=lambda *tokens: store.workspace(*(ranks * count for count in tokens)),
@@ -67,28 +68,41 @@ def _part_of_longer(x: Tensor) -> Tensor:
 
 
 class _NoAttention:
-    """In place of a layer's store: attention of the right shape that computes nothing, and its sizes."""
+    """
+    In place of a layer's stores: attention of the right shape that computes nothing, and its sizes: `problem` of one group of
+    heads, `heads` and `kv_heads` of all of them.
+    """
 
     recorder: MemoryRecorder
     kernel: AttentionKernel
     problem: AttentionProblem
+    heads: int
+    kv_heads: int
+
+    def begin(self, recorder: MemoryRecorder) -> None:
+        self.recorder, self.heads, self.kv_heads = recorder, 0, 0
+
+    def of(self, group: HeadGroup) -> "_NoAttention":
+        return self
 
     def append(self, index: int, key: Tensor, value: Tensor) -> None:
         self._key, self._value = key.shape, value.shape
+        self.kv_heads += key.shape[2]
 
     def attend(self, kernel: AttentionKernel, index: int, query: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
         batch, queries, heads, head_dim = query.shape
         kv_heads, value_dim = self._value[2:]
-        self.kernel = kernel
+        self.kernel, self.heads = kernel, self.heads + heads
         self.problem = AttentionProblem(
             batch, queries, queries, heads, kv_heads, head_dim, value_dim, itemsize=query.element_size()
         )
         wide = torch.promote_types(query.dtype, torch.float32)
         return query.new_zeros(batch, queries, heads, value_dim), query.new_zeros(batch, heads, queries, dtype=wide)
 
-    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule):
+    def attend_backward(self, kernel, index: int, grad_out, query, out, lse, rule: ScoreRule, complete: bool = True):
         self.recorder.mark(ATTENTION_BACKWARD)
-        return torch.zeros_like(query), query.new_zeros(self._key), query.new_zeros(self._value)
+        grads = [query.new_zeros(shape) for shape in (self._key, self._value)] if complete else (None, None)
+        return torch.zeros_like(query), *grads
 
     def workspace(self, queries: int, keys: int, block: int) -> int:
         problem = replace(self.problem, queries=queries, keys=min(block, max(queries, MAX_BACKWARD_KEYS)))

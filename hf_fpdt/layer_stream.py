@@ -48,9 +48,9 @@ def stream_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor], previous
         The output, and what was saved for the backward (None without gradients).
     """
     if not (torch.is_grad_enabled() and (x.requires_grad or weights)):
-        store = call.new_store()
-        y = _forward_chunks(call, x, lambda index, x_chunk: run_chunk(call, x_chunk, ForwardChunk(call, index, store)))
-        store.release()
+        stores = call.new_stores()
+        y = _forward_chunks(call, x, lambda index, x_chunk: run_chunk(call, x_chunk, ForwardChunk(call, index, stores)))
+        stores.release()
         return y, None
     counts_of_unshared()
     saved = SavedLayer(call, x, previous)
@@ -73,9 +73,9 @@ class SavedLayer:
         self.autocast = AutocastState(x.device.type)
         self.random: list[RandomState] = []
         self.inputs: list = []
-        self.attention: list = []  # per chunk: (out, lse), if saved
+        self.attention: list[list] = []  # per chunk: (out, lse) of every group of heads, if saved
         self.graphs: list[tuple[Tensor, Tensor]] = []  # per chunk: (x, y) with the graph between them, if kept
-        self.store = call.new_store()
+        self.stores = call.new_stores()
         self.spent = False
 
     def forward_chunk(self, index: int, x_chunk: Tensor) -> Tensor:
@@ -85,26 +85,29 @@ class SavedLayer:
         self.random.append(RandomState(x_chunk.device))
         if self.keeps != "nothing":
             self.inputs.append(self.call.keep_here(x_chunk))
-        keep = self._keep_attention if self.keeps == "attention" else None
-        return run_chunk(self.call, x_chunk, ForwardChunk(self.call, index, self.store, keep))
+        keep = None
+        if self.keeps == "attention":
+            self.attention.append([])
+            keep = self._keep_attention
+        return run_chunk(self.call, x_chunk, ForwardChunk(self.call, index, self.stores, keep))
 
     def _chunk_with_graph(self, index: int, x_chunk: Tensor) -> Tensor:
         x_chunk = x_chunk.detach().requires_grad_()
         with torch.enable_grad():
-            y_chunk = run_chunk(self.call, x_chunk, GraphChunk(self.call, index, self.store))
+            y_chunk = run_chunk(self.call, x_chunk, GraphChunk(self.call, index, self.stores))
         self.graphs.append((x_chunk, y_chunk))
         return y_chunk.detach()
 
     def _keep_attention(self, out: Tensor, lse: Tensor) -> None:
-        self.attention.append((self.call.keep_here(out), self.call.keep_here(lse)))
+        self.attention[-1].append((self.call.keep_here(out), self.call.keep_here(lse)))
 
     def end_forward(self) -> None:
         # As the layer leaves them: adapters on the parameters of experts set these anew at every call.
         self.unchanged = UnchangedModule(self.call.module, self.call.name)
         if self.keeps in ("input", "nothing"):
-            self.store.release()
+            self.stores.release()
         else:
-            self.store.end_forward()
+            self.stores.end_forward()
 
     def rebuild(self) -> None:
         """Runs the layers from the nearest kept input up to this one forward again; all of them then keep their attention."""
@@ -128,7 +131,7 @@ class SavedLayer:
 
     def _run_again(self, x: Tensor) -> Tensor:
         states, self.random = self.random, []
-        self.keeps, self.inputs, self.store = "attention", [], self.call.new_store()
+        self.keeps, self.inputs, self.stores = "attention", [], self.call.new_stores()
 
         def chunk(index: int, x_chunk: Tensor) -> Tensor:
             states[index].set()
@@ -141,12 +144,12 @@ class SavedLayer:
 
     def chunk_tensors(self, index: int) -> tuple:
         inputs = self.inputs[index : index + 1 or None]
-        return (*inputs, *(self.attention[index] if self.attention else ()))
+        return (*inputs, *(kept for pair in (self.attention[index] if self.attention else ()) for kept in pair))
 
     def prefetch_first(self) -> None:
         """Starts the copies that this layer's backward needs first, if it is still to run."""
         if not self.spent and self.keeps not in ("input", "nothing"):
-            self.store.prefetch()
+            self.stores.prefetch()
             self.prefetch_chunk(-1)
 
     def prefetch_chunk(self, index: int) -> None:
@@ -198,8 +201,8 @@ def _forward_chunks(call: LayerCall, x: Tensor, run) -> Tensor:
 
 
 def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tensor, needs_grad_x: bool, overwrite: bool):
-    call, store = saved.call, saved.store
-    store.begin_backward()
+    call, stores = saved.call, saved.stores
+    stores.begin_backward()
     sums, grad_x = GradientSum(len(call.spans)), None
     for index in reversed(range(len(call.spans))):
         if index > 0:
@@ -217,7 +220,7 @@ def _backward_chunks(saved: SavedLayer, weights: Sequence[Tensor], grad_y: Tenso
         sums.add(grads[needs_grad_x:])
         del x_chunk, y_chunk, inputs, grads
         saved.release_chunk(index)
-    store.release()
+    stores.release()
     return grad_x, sums.result()
 
 
@@ -228,6 +231,6 @@ def _chunk_again(saved: SavedLayer, index: int, needs_grad_x: bool) -> tuple[Ten
     call = saved.call
     x_chunk = saved.inputs[index].get().detach().requires_grad_(needs_grad_x)
     saved.random[index].set()
-    chunk = BackwardChunk(call, index, saved.store, saved.attention[index] if saved.attention else None)
+    chunk = BackwardChunk(call, index, saved.stores, saved.attention[index] if saved.attention else None)
     with torch.enable_grad(), saved.autocast.context():
         return x_chunk, run_chunk(call, x_chunk, chunk)

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .documents import Documents
 from .group_agreement import check_same
-from .head_exchange import HeadExchange, HeadSplit
+from .head_exchange import HeadExchange
+from .head_split import HeadSplit
 from .sequence_layout import SequenceLayout
 
 _BY_LENGTH = ("dynamic", "longrope")

@@ -221,6 +221,13 @@ def test_one_gpu_is_measured_for_hf_fpdt_alone():
         ("ring", 2, {}),
         *(("fpdt", gpus, fpdt) for gpus in (1, 2) for fpdt in ({"chunk_size": 4}, {})),
     ]
+    words = ["--contenders", "ring,fpdt", "--zero", '[{"reduce_bucket_size": 9}, {}]']
+    specs = shared_step.specs_of(shared_step._arguments(words))
+    assert [(spec.contender, spec.row().get("zero")) for spec in specs] == [
+        ("ring", None),
+        ("fpdt", {"reduce_bucket_size": 9}),
+        ("fpdt", None),
+    ]
 
 
 def test_a_trace_tells_the_communication_apart():

@@ -113,7 +113,8 @@ def test_settings(ranks):
 )
 def test_families(ranks, families):
     """With key/value heads that several ranks need, and ranks that need parts of their groups."""
-    check(ranks, [(family, settings, "all", 50) for family in families for settings in ({}, {"recompute": False})])
+    settings = ({}, {"recompute": False}, {"offload": "host", "kv": "streamed"})
+    check(ranks, [(family, one, "all", 50) for family in families for one in settings])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -128,6 +129,36 @@ def test_packed_documents(ranks):
     """Borders inside of chunks and shards, a document of one token, one over several chunks, padding to a common length."""
     jobs = [("llama", settings, "packed", 47) for settings in SETTINGS]
     check(ranks, [*jobs, ("neox", {}, "packed", 46), *(("llama", {"chunk_size": size}, "packed", 45) for size in (1, 9, 100))])
+
+
+class _Late:
+    """An exchange that takes place when it is waited for, of what was to be sent at the time it was asked for."""
+
+    def __init__(self, got, sent, group):
+        self.got, self.sent, self.then, self.group = got.fill_(float("nan")), sent, sent.clone(), group
+
+    def wait(self):
+        assert torch.equal(self.sent, self.then)
+        _all_to_all(self.got, self.sent, group=self.group)
+
+
+_all_to_all = dist.all_to_all_single
+
+
+def _train_late(rank: int, jobs: list) -> list:
+    dist.all_to_all_single = lambda got, sent, group, async_op: _Late(got, sent, group)
+    found = _train(rank, jobs)
+    dist.all_to_all_single = _all_to_all
+    return found
+
+
+def test_nothing_is_read_before_it_arrives():
+    """However late it does. What was not waited for is NaN."""
+    jobs = [(family, settings, "all", 46) for family in ("llama", "neox", "gpt_oss") for settings in SETTINGS[:5]]
+    for late, usual in zip(run_ranks(_train_late, 2, jobs), run_ranks(_train, 2, jobs), strict=True):
+        for (loss, grads), (want_loss, want) in zip(late, usual, strict=True):
+            assert torch.equal(loss, want_loss)
+            assert all(torch.equal(grads[name], want[name]) for name in want)
 
 
 # What cannot be right, refused on every rank
@@ -234,5 +265,5 @@ def _count(rank: int):
 
 
 def test_exchanges_of_a_step():
-    """For 3 chunks and 2 layers: q, k, v in one and out in another; backward q and out again, and both gradients."""
-    assert run_ranks(_count, 2) == [(3 * 2 * 2, 3 * 2 * 4)] * 2
+    """3 chunks, 2 layers, 2 groups of heads: q, k, v in one and out in another; backward q and out again, both gradients."""
+    assert run_ranks(_count, 2) == [(3 * 2 * 2 * 2, 3 * 2 * 2 * 4)] * 2
