@@ -9,17 +9,22 @@ A rank holds a slice of every chunk's tokens with all heads. Attention needs all
 and the gradients take the same ways back. A key/value head goes to the ranks whose query heads attend to it: with fewer of them
 than ranks, to several, whose gradients are summed. Nothing is repeated on the wire.
 
-A rank's heads go in groups (`HeadSplit.groups`), and nothing waits where it is sent: while one group attends, the next ones are
-on their way there, and those before it on their way back. What remains is the first group's way there and the last one's back.
+Nothing waits where it is sent. Over a slow link a rank's heads go in groups (`HeadSplit.groups`): while one group attends, the
+next ones are on their way there, and those before it on their way back. What remains is the first group's way there and the
+last one's back.
 
-    compute       pack | attend 0 | attend 1 | attend 2 | attend 3 | join
-    exchange         0 there | 1 2 3 there | 0 back | 1 back | 2 back | 3 back
+    compute       pack |         | attend 0 | attend 1 | attend 2 | attend 3 |        | join
+    exchange           | 0 there | 1, 2, 3 there, 0, 1, 2 back    ...        | 3 back |
+
+Over a fast link they go in one: an exchange takes multiprocessors from the attention that it runs beside, which costs as much.
 
 This is the only module that communicates inside a layer, and only within the group. Every rank of a group must call the same
 methods in the same order with the same shapes.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +33,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .head_split import ALL_HEADS, HeadGroup, HeadSplit
+
+_logger = logging.getLogger(__name__)
+# Measured on two H200s with NVLink (250e9): groups hid more of the exchange, and the step took 0.5% to 1.6% longer. Links
+# between machines and PCIe have at most 60e9.
+FAST_LINK = 100e9  # bytes a second and process
+_MAX_GROUPS = 4
+_PROBE_BYTES = 1 << 25
 
 
 class Arriving:
@@ -102,13 +114,18 @@ class HeadExchange:
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
+    @property
+    def most_groups(self) -> int:
+        """In how many groups the heads of a rank go at most. Collective at the first call for a process group."""
+        return _most_groups(self.group)
+
     def own_heads(self, heads: int) -> slice:
         """Which of the query heads this rank attends with."""
         return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
 
     def groups(self, heads: int, kv_heads: int) -> tuple[HeadGroup, ...]:
         """How the heads of each rank are divided, of a model with so many."""
-        return _ways(heads, kv_heads, self.size, self.rank)[0]
+        return _ways(heads, kv_heads, self.size, self.rank).split.groups(self.most_groups)
 
     def scatter(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor) -> Arriving:
         """
@@ -116,7 +133,8 @@ class HeadExchange:
         tokens and the group's heads: the key/value heads that the query heads attend to, in groups of equal size. Only the
         first group of some key/value heads brings them; for another they are None.
         """
-        _, sent, used, _ = _ways(query.shape[2], key.shape[2], self.size, self.rank)
+        ways = _ways(query.shape[2], key.shape[2], self.size, self.rank)
+        sent, used = ways.sent, ways.used
         tensors = [self._by_rank(query, group.query)]
         if group.first:
             key, value = (t if sent is None else t.index_select(2, _index(sent, t.device)) for t in (key, value))
@@ -153,9 +171,9 @@ class HeadExchange:
         if not group.last:
             return self._gather(query)
         if group is ALL_HEADS:
-            _, _, used, kv_per_rank = _ways(query.shape[2] * self.size, kv_heads, self.size, self.rank)
-            if used is not None:
-                key, value = (_summed_heads(t, used, kv_per_rank) for t in (key, value))
+            ways = _ways(query.shape[2] * self.size, kv_heads, self.size, self.rank)
+            if ways.used is not None:
+                key, value = (_summed_heads(t, ways.used, ways.split.kv_per_rank) for t in (key, value))
         return self._gather(query, key, value)
 
     def join_grads(self, groups: Sequence[HeadGroup], returning: Sequence[Arriving], kv_heads: int) -> tuple[Tensor, ...]:
@@ -164,7 +182,7 @@ class HeadExchange:
         query = _joined([parts[0] for parts in found], [group.query for group in groups])
         places = [group.key_value for group in groups if group.last]
         key, value = (_joined([parts[index] for parts in found if len(parts) > 1], places) for index in (1, 2))
-        sent = _ways(query.shape[2], kv_heads, self.size, self.rank)[1]
+        sent = _ways(query.shape[2], kv_heads, self.size, self.rank).sent
         if sent is not None:
             key, value = (_summed_heads(t, sent, kv_heads) for t in (key, value))
         return query, key, value
@@ -202,18 +220,58 @@ class HeadExchange:
 class MeasuredExchange(HeadExchange):
     """The same shapes and allocations without communication, for one rank of a group that is measured by itself."""
 
-    def __init__(self, size: int, rank: int):
-        self.group, self.size, self.rank = None, size, rank
+    most_groups = _MAX_GROUPS
+
+    def __init__(self, size: int, rank: int, most_groups: int = _MAX_GROUPS):
+        self.group, self.size, self.rank, self.most_groups = None, size, rank, most_groups
 
     def _all_to_all(self, sent: Tensor, unpack: Callable[[Tensor], Any]) -> Arriving:
         return Arriving(torch.zeros_like(sent), sent, None, unpack)
 
 
+@dataclass(frozen=True)
+class _Ways:
+    """A split, its `sent()` and the `head_map` of a rank: the same in every chunk of every layer."""
+
+    split: HeadSplit
+    sent: tuple[int, ...] | None
+    used: tuple[int, ...] | None
+
+
 @lru_cache
-def _ways(heads: int, kv_heads: int, size: int, rank: int) -> tuple:
-    """`groups`, `sent`, `head_map` and `kv_per_rank` of a split: the same in every chunk of every layer."""
+def _ways(heads: int, kv_heads: int, size: int, rank: int) -> _Ways:
     split = HeadSplit(heads, kv_heads, size)
-    return split.groups(), split.sent(), split.head_map(rank), split.kv_per_rank
+    return _Ways(split, split.sent(), split.head_map(rank))
+
+
+@lru_cache
+def _most_groups(group: dist.ProcessGroup) -> int:
+    """One if the link is fast. Collective in the group, which then agrees."""
+    if "nccl" not in str(dist.get_backend_config(group)):
+        return _MAX_GROUPS
+    rate = _link_rate(group)
+    found = 1 if rate >= FAST_LINK else _MAX_GROUPS
+    _logger.info(
+        "hf_fpdt: %.0f GB/s between the processes of a sequence: heads exchanged in up to %d groups", rate / 1e9, found
+    )
+    return found
+
+
+def _link_rate(group: dist.ProcessGroup) -> float:
+    """Bytes a second that leave a process in an all-to-all, of the slowest one; the best of three, after one to connect."""
+    sent = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+    got, seconds = torch.empty_like(sent), []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        dist.all_to_all_single(got, sent, group=group)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    size = dist.get_world_size(group)
+    slowest = torch.tensor(min(seconds[1:]), device="cuda")
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+    return _PROBE_BYTES * (size - 1) / size / slowest.item()
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:

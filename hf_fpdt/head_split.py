@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-# Of the heads of a rank. The first group's way there and the last one's way back are what attention cannot hide.
-MAX_GROUPS = 4
-
 
 @dataclass(frozen=True)
 class HeadSplit:
@@ -60,13 +57,16 @@ class HeadSplit:
         in_groups = rest == 0 and found == tuple(head // group for head in range(self.heads_per_rank))
         return None if in_groups else found
 
-    def groups(self) -> "tuple[HeadGroup, ...]":
-        """Every rank's heads in groups of equal size, in the order in which they are exchanged; one where kernels cannot."""
+    def groups(self, most: int) -> "tuple[HeadGroup, ...]":
+        """
+        Every rank's heads in at most so many groups of equal size, in the order in which they are exchanged; in one if the
+        ranks' key/value heads do not serve equally many query heads.
+        """
         own, kv = self.heads_per_rank, self.kv_per_rank
         if any(self.head_map(rank) is not None for rank in range(self.size)):
             return (ALL_HEADS,)
         a_kv_head = own // kv  # query heads
-        count = next(n for n in range(min(MAX_GROUPS, own), 0, -1) if own % n == 0 and _fits(own // n, a_kv_head))
+        count = next(n for n in range(min(most, own), 0, -1) if own % n == 0 and _fits(own // n, a_kv_head))
         size = own // count
         return tuple(_group(slice(at, at + size), a_kv_head) for at in range(0, own, size))
 

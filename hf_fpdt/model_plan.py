@@ -130,7 +130,7 @@ def device_type_of(device: torch.device) -> str:
 
 
 def _measuring_pass(local_len: int, config: FPDTConfig, exchange) -> MeasuringPass:
-    alone = exchange if exchange.size == 1 else MeasuredExchange(exchange.size, exchange.rank)
+    alone = exchange if exchange.size == 1 else MeasuredExchange(exchange.size, exchange.rank, exchange.most_groups)
     return MeasuringPass(min(local_len, MEASURED_TOKENS), config.kernel, alone)
 
 

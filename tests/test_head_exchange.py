@@ -37,7 +37,7 @@ def test_no_more_heads_are_sent_than_are_needed():
 def test_groups_cover_the_heads_in_order(heads, kv_heads, size):
     """Equal groups, each with the key/value heads of its query heads, which come once and whose gradients leave once."""
     split = HeadSplit(heads, kv_heads, size)
-    groups = split.groups()
+    groups = split.groups(4)
     if groups == (ALL_HEADS,):
         assert any(split.head_map(rank) is not None for rank in range(size))
         return
@@ -56,7 +56,9 @@ def test_groups_cover_the_heads_in_order(heads, kv_heads, size):
     [(32, 8, 2, 4), (32, 8, 4, 4), (32, 8, 8, 4), (32, 8, 16, 2), (32, 32, 32, 1), (12, 12, 2, 3), (10, 2, 2, 1), (6, 3, 2, 1)],
 )
 def test_how_many_groups(heads, kv_heads, size, want):
-    assert len(HeadSplit(heads, kv_heads, size).groups()) == want
+    split = HeadSplit(heads, kv_heads, size)
+    assert len(split.groups(4)) == want
+    assert len(split.groups(1)) == 1
 
 
 @pytest.mark.parametrize(("heads", "size", "valid"), [(6, 4, "1, 2, 3, 6"), (32, 12, "1, 2, 4, 8, 16, 32")])
@@ -109,7 +111,7 @@ def test_exchange(ranks, dtype):
         per_rank = heads // ranks
         for rank in range(ranks):
             got_query, got_key, got_value, back, grads, groups = found[rank][index]
-            assert groups == len(HeadSplit(heads, kv_heads, ranks).groups())
+            assert groups == len(HeadSplit(heads, kv_heads, ranks).groups(4))
             own, shard = slice(rank * per_rank, (rank + 1) * per_rank), slice(3 * rank, 3 * rank + 3)
             assert torch.equal(got_query, query[:, :, own])
             assert torch.equal(back, query[:, shard])
