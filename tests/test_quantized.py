@@ -27,7 +27,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def qlora(checkpoint, implementation: str, lora: dict = LORA, dtype=torch.float32, device: str = "cpu", **quantization):
+def qlora(
+    checkpoint, implementation: str, lora: dict = LORA, dtype=torch.float32, device="cpu", noise: float = 0.2, **quantization
+):
     """As people make them: loaded, quantized, prepared, with an adapter that changes what the model computes."""
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **quantization}
     model = AutoModelForCausalLM.from_pretrained(
@@ -42,7 +44,7 @@ def qlora(checkpoint, implementation: str, lora: dict = LORA, dtype=torch.float3
     generator = torch.Generator().manual_seed(3)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data += 0.2 * torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight.data += noise * torch.randn(weight.shape, generator=generator).to(weight.device)
     return model.train()
 
 
