@@ -124,7 +124,7 @@ def fpdt_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tenso
             'and_mask_function or block_sequence_ids), which attn_implementation="fpdt" does not support for a sequence of '
             f'{streamed.seq_len} tokens. Use attn_implementation="sdpa" for this model.'
         )
-    return None if local_size is None or local_size >= streamed.seq_len else SlidingWindow(local_size)
+    return None if local_size is None or local_size >= streamed.whole_len else SlidingWindow(local_size)
 
 
 def _is_window(mask_function: Callable, window: int, seq_len: int) -> bool:

@@ -36,7 +36,7 @@ def backward_bytes(kernel: str, problem: AttentionProblem) -> int:
         return gradients + 2 * problem.itemsize * repeated * (problem.itemsize == 2)
     if kernel == "naive":
         scores = min(NaiveKernel.max_scores, problem.batch * problem.heads * problem.queries * problem.keys)
-        return gradients + 4 * (4 * scores + 2 * problem.key_value_elements(problem.heads))
+        return gradients + 4 * (4 * scores + 3 * problem.key_value_elements(problem.heads))
     if kernel == "flash_attention_4":  # sums grad_query in fp32, and with grouped heads the others too; two statistics a row
         sums = problem.query_elements + 2 * problem.batch * problem.queries * problem.heads
         return gradients + 4 * (sums + (problem.key_value_elements(problem.kv_heads) if grouped else 0))

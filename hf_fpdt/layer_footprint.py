@@ -56,6 +56,7 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         attention=ranks * store.heads * (problem.value_dim * problem.itemsize + wide),
         weight_grads=sum(weight.nbytes for weight in weights),
         weight_sums=sum(weight.numel() * max(weight.element_size(), 4) for weight in weights),
+        window=None if store.window is None else -(-store.window // ranks),
         workspace=lambda *tokens: store.workspace(*(ranks * count for count in tokens)),
         forward=traces[0],
         backward=traces[1],
@@ -78,6 +79,7 @@ class _NoAttention:
     problem: AttentionProblem
     heads: int
     kv_heads: int
+    window: int | None
 
     def begin(self, recorder: MemoryRecorder) -> None:
         self.recorder, self.heads, self.kv_heads = recorder, 0, 0
@@ -92,7 +94,7 @@ class _NoAttention:
     def attend(self, kernel: AttentionKernel, index: int, query: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
         batch, queries, heads, head_dim = query.shape
         kv_heads, value_dim = self._value[2:]
-        self.kernel, self.heads = kernel, self.heads + heads
+        self.kernel, self.heads, self.window = kernel, self.heads + heads, rule.window
         self.problem = AttentionProblem(
             batch, queries, queries, heads, kv_heads, head_dim, value_dim, itemsize=query.element_size()
         )
@@ -105,7 +107,10 @@ class _NoAttention:
         return torch.zeros_like(query), *grads
 
     def workspace(self, queries: int, keys: int, block: int) -> int:
-        problem = replace(self.problem, queries=queries, keys=min(block, max(queries, MAX_BACKWARD_KEYS)))
+        together = min(block, max(queries, MAX_BACKWARD_KEYS))
+        if self.window is not None:  # what a chunk reaches, in one call
+            together = min(keys, queries + self.window - 1)
+        problem = replace(self.problem, queries=queries, keys=together)
         several = keys > problem.keys or not self.kernel.aligns_last
         summed = 4 * problem.query_elements if several else 0  # grad_query over several calls
         return backward_bytes(self.kernel.name, problem) + summed

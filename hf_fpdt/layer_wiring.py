@@ -56,7 +56,7 @@ def _run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         places=running.places,
     )
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    output = running.run(call, hidden, weights, kind=_kind(layer))
+    output = running.run(call, hidden, weights, kind=_kind(layer, arguments.get("attention_mask")))
     return (output, *[None] * (returned[0] - 1)) if returned else output
 
 
@@ -129,6 +129,7 @@ def _layer_index(layer: nn.Module) -> int:
     return causal_attention(layer)[0].layer_idx
 
 
-def _kind(layer: nn.Module) -> tuple:
-    """Equal for layers of equal memory."""
-    return type(layer), *((weight.shape, weight.dtype, weight.requires_grad) for weight in layer.parameters())
+def _kind(layer: nn.Module, mask: Any) -> tuple:
+    """Equal for layers of equal memory; `mask` may be a layer's window."""
+    mask = None if torch.is_tensor(mask) else mask
+    return type(layer), mask, *((weight.shape, weight.dtype, weight.requires_grad) for weight in layer.parameters())

@@ -50,6 +50,7 @@ class LayerFootprint:
         key_value, key_value_sums: K and V; their gradients in fp32.
         attention: out and lse.
         weight_grads, weight_sums: all gradients of the trainable weights, and their fp32 sums; bytes in all.
+        window: tokens that attention reaches back; None: all.
         workspace: `(queries, keys, block) -> bytes` that the backward of a chunk's attention over so many keys, so many at a
             time, takes at its peak.
         forward: one chunk of every sequence of the batch, without gradients; its tokens are those of one sequence.
@@ -62,6 +63,7 @@ class LayerFootprint:
     attention: float
     weight_grads: int
     weight_sums: int
+    window: int | None
     workspace: Callable[[int, int, int], int]
     forward: Footprint
     backward: Footprint
@@ -191,16 +193,22 @@ class MemoryModel:
     def _forward(self, layer: LayerFootprint, index: int) -> float:
         # K and V of the layer below may still be on their way to the host.
         whole = (2 + (index > 0)) * layer.hidden + (0 if self.stream_kv else (1 + (index > 0)) * layer.key_value)
-        chunk = 2 * layer.attention + (2 * layer.key_value if self.stream_kv else 0)
+        chunk = 2 * layer.attention + (2 * self._reach(layer) * layer.key_value if self.stream_kv else 0)
         return whole * self._tokens + chunk * self._chunk_tokens + self._bytes[id(layer)].forward
 
     def _blocks(self, layer: LayerFootprint) -> float:
         """Of K, V and their gradients, while attention's backward runs over streamed blocks."""
         if not self.stream_kv:
             return 0
+        if layer.window is not None:  # all that a chunk reaches together, and their sums as they come back
+            return self._reach(layer) * (layer.key_value + 2 * layer.key_value_sums) * self._chunk_tokens
         others = self.num_chunks - 1
         sums = min(others, 2 + _PENDING_SUMS) * layer.key_value_sums
         return (min(others + 1, 2) * layer.key_value + sums) * self._chunk_tokens
+
+    def _reach(self, layer: LayerFootprint) -> int:
+        """Blocks of streamed K and V that are on the device together in the forward."""
+        return 1 if layer.window is None else min(self.num_chunks, 1 - (1 - layer.window) // self.chunk)
 
     def _norm(self, last_placement: LayerPlacement) -> float:
         last, away = self.model.layers[-1], last_placement.place != "device"

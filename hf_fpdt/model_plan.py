@@ -85,7 +85,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure, l
         )
     if no_backward or local_len < 2 or sharded or (kind != "cuda" and config.gpu_memory == "auto"):
         return simple_plan(config, batch_size, layout, kind, len(layers))
-    measured = _measuring_pass(local_len, config, exchange)
+    measured = _measuring_pass(layout, config, exchange)
     try:
         with preserved_random_state(device), _without_hooks(model), running(measured):
             measure(measured)
@@ -129,9 +129,9 @@ def device_type_of(device: torch.device) -> str:
     return "cuda" if device.type == "meta" else device.type
 
 
-def _measuring_pass(local_len: int, config: FPDTConfig, exchange) -> MeasuringPass:
+def _measuring_pass(layout: SequenceLayout, config: FPDTConfig, exchange) -> MeasuringPass:
     alone = exchange if exchange.size == 1 else MeasuredExchange(exchange.size, exchange.rank, exchange.most_groups)
-    return MeasuringPass(min(local_len, MEASURED_TOKENS), config.kernel, alone)
+    return MeasuringPass(min(layout.local_len, MEASURED_TOKENS), layout.seq_len, config.kernel, alone)
 
 
 def _agreed(group, config: FPDTConfig, device: torch.device, resident: int, reserve: int) -> Limits:

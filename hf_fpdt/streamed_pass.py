@@ -39,6 +39,7 @@ class StreamedPass:
     ):
         self.plan, self.kernel, self.places, self.exchange = plan, kernel, places, exchange
         self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
+        self.whole_len = plan.seq_len
         self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
         documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
         self.segments = cache(partial(documents.segments, self.store_spans))  # no method: layers must not refer to the pass
@@ -61,12 +62,17 @@ class StreamedPass:
 
 
 class MeasuringPass:
-    """A forward of a few tokens that runs no layer, but takes the footprint of each kind of layer; in order in `layers`."""
+    """
+    A forward of a few tokens that runs no layer, but takes the footprint of each kind of layer; in order in `layers`.
+
+    Args:
+        whole_len: tokens of the sequence that is planned: a window that is as long is none.
+    """
 
     stream_kv, places, segments = False, None, None  # nothing is kept and nobody attends
 
-    def __init__(self, local_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
-        self.local_len, self.seq_len = local_len, local_len * exchange.size
+    def __init__(self, local_len: int, whole_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
+        self.local_len, self.seq_len, self.whole_len = local_len, local_len * exchange.size, whole_len
         self.kernel, self.exchange = kernel, exchange
         self.spans, self.store_spans = [(0, local_len)], [(0, self.seq_len)]
         self.layers: list[LayerFootprint] = []

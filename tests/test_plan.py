@@ -19,7 +19,7 @@ from reference import (
     tiny_llama,
     tiny_neox,
 )  # fmt: skip
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils.generic import maybe_autocast
 
 import hf_fpdt
@@ -150,6 +150,33 @@ def test_predicted_peak_is_what_a_step_takes(settings, shape, batch, seq_len, ch
     above = predicted.device - weights_and_gradients(model)
     assert 0.95 * taken <= above <= 1.05 * taken, predicted.phase
     assert arena.used_bytes == 0
+
+
+@pytest.mark.parametrize("kv", ["resident", "streamed"])
+@pytest.mark.parametrize("window", [100, 300, 1500, 2048])
+def test_predicted_peak_of_windows(window, kv):
+    """Of all blocks that a chunk reaches together; a window as long as the sequence is none."""
+    shape = llama(vocab_size=60, num_key_value_heads=4).config.to_dict()
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    config = MistralConfig(**{name: shape[name] for name in names}, sliding_window=window, use_cache=False)
+    model = MistralForCausalLM(config).requires_grad_(False).train()
+    model.get_input_embeddings().requires_grad_(True)
+    settings = {"chunk_size": 256, "gpu_memory": PLENTY, "recompute": True, "offload": "host", "kv": kv, "kernel": "naive"}
+    hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**settings))
+    predicted = hf_fpdt.plan(model, seq_len=2048).peaks.device - weights_and_gradients(model)
+    ids = torch.randint(0, 60, (1, 2048))
+    step(model, ids)
+    model.zero_grad()
+    gc.collect()
+    taken = peak_bytes(lambda: step(model, ids))
+    assert 0.94 * taken <= predicted <= 1.1 * taken
 
 
 def test_an_input_that_is_asked_for_its_gradient_stays():
