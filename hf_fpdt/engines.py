@@ -59,15 +59,14 @@ def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
 def check_is_shared(group: dist.ProcessGroup | None) -> None:
     """
     Raises:
-        ValueError: if a model without a group trains in a run that asks for groups: accelerate prepares loops of one's own for
-            them under DeepSpeed only.
+        ValueError: if a model without a group trains in a run that asks for groups.
     """
     config = AcceleratorState._shared_state.get("parallelism_config")
     if group is None and config is not None and config.sp_size > 1:
         raise ValueError(
             f"sp_size={config.sp_size}, and this model was not prepared for it: every process would train on whole sequences. "
-            "In a loop of your own use DeepSpeed (accelerate_configs/fpdt_zero*.yaml) and Accelerator.prepare(model, "
-            "optimizer, dataloader); with FSDP2 and DDP use Trainer; or set parallelism_config_sp_size to 1."
+            "In a loop of your own pass it to Accelerator.prepare(model, optimizer, dataloader), with hf_fpdt imported before; "
+            "or set parallelism_config_sp_size to 1."
         )
 
 
