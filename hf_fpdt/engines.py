@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -39,6 +40,11 @@ def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
         raise ValueError(
             f"sp_size={sp_size} with distributed_type {kind.value}: sequences are shared under DeepSpeed, FSDP2 and DDP. "
             "Launch with one of accelerate_configs/, or set parallelism_config_sp_size to 1."
+        )
+    if kind != DistributedType.DEEPSPEED and getattr(state, "device_mesh", None) is not None:
+        raise ValueError(
+            f"sp_size={sp_size} with {kind.value} and accelerate {accelerate.__version__}: it would give the processes of a "
+            "group the same batches, and each would be trained on several times. Use accelerate 1.13 or later, or DeepSpeed."
         )
     parallelism, processes = state.parallelism_config, state.num_processes
     groups = processes // sp_size

@@ -70,6 +70,13 @@ def test_engines_that_cannot(engine, message):
         check_shares_sequences(engine, 4)
 
 
+def test_an_accelerate_that_repeats_batches():
+    engine = state(DistributedType.MULTI_GPU)
+    engine.device_mesh = object()  # accelerate 1.12 makes one
+    with pytest.raises(ValueError, match=r"with MULTI_GPU and accelerate .* Use accelerate 1\.13 or later, or DeepSpeed"):
+        check_shares_sequences(engine, 4)
+
+
 def test_a_loop_that_was_not_prepared(monkeypatch):
     model = hf_fpdt.apply_fpdt(make_model(tiny_llama()))
     ids = torch.arange(20)[None]
