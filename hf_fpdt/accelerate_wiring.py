@@ -3,19 +3,24 @@ Trainer and Accelerator with sequence parallelism, from unmodified scripts.
 
 accelerate knows sequence parallelism as `ParallelismConfig(sp_size=..., sp_backend="deepspeed")` and takes two objects from
 DeepSpeed for it: one that changes the model's attention, one that wraps the data loader. `enable` puts its own in their place,
-and adds a callback to Trainer that reads the settings once the Accelerator exists and before anything is prepared.
+and adds a callback to Trainer that reads the settings once the Accelerator exists and before anything is prepared. Loops of
+one's own have no callback: for them `Accelerator.prepare` is wrapped, and shares under FSDP2 and DDP as well.
 """
 
 import os
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
+import accelerate.accelerator
 import torch.distributed as dist
 import transformers
 import transformers.trainer
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from .config import FPDTConfig
@@ -28,9 +33,12 @@ from .engines import (
     zero_stage,
 )
 from .global_loss import sequence_parallel_loss
+from .group_loss import give_group_loss, gives_group_loss
 from .modeling import apply_fpdt, config_of, is_streamed, sp_group_of, transformers_model
 from .plugin import resolve_settings
 from .sharded_loader import ShardedDataLoader, skip_first_batches
+
+_SHARES = "_fpdt_shares_sequences"
 
 
 def enable() -> None:
@@ -38,8 +46,9 @@ def enable() -> None:
     if FPDTCallback not in transformers.trainer.DEFAULT_CALLBACKS:
         transformers.trainer.DEFAULT_CALLBACKS.append(FPDTCallback)
         transformers.trainer.skip_first_batches = skip_first_batches
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        replace_sequence_parallelism(_Attention, _Loader)  # for loops of one's own, which have no callback
+    if not hasattr(Accelerator.prepare, _SHARES):
+        Accelerator.prepare = _sharing(Accelerator.prepare)
+        accelerate.accelerator.skip_first_batches = skip_first_batches  # behind the method of this name
 
 
 class FPDTCallback(TrainerCallback):
@@ -59,6 +68,38 @@ class FPDTCallback(TrainerCallback):
             _set_up(model, accelerator, sp_group_of(model))
 
 
+def _sharing(original: Callable) -> Callable:
+    """
+    `Accelerator.prepare` that shares the sequences of the models it is given, if Trainer's callback has not, and of the loaders
+    in the same call, as accelerate does under DeepSpeed. A loader that is prepared alone gives whole sequences, for evaluation.
+    """
+
+    @wraps(original)
+    def prepare(self, *args, **kwargs):
+        sp_size = _sp_size(self.state)
+        models = [arg for arg in args if isinstance(arg, nn.Module) and not getattr(arg, "_is_accelerate_prepared", False)]
+        if sp_size == 1 or not models:
+            return original(self, *args, **kwargs)
+        replace_sequence_parallelism(_Attention, _Loader)
+        if zero_stage(self.state) is None:  # before they are wrapped or sharded; DeepSpeed's are shared by accelerate
+            for model in models:
+                if not gives_group_loss(transformers_model(model)):
+                    share_sequences(model, sp_size)
+        prepared = original(self, *args, **kwargs)
+        items = prepared if len(args) > 1 else (prepared,)
+        items = tuple(_shared_loader(item, self) if isinstance(item, DataLoader) else item for item in items)
+        return items if len(args) > 1 else items[0]
+
+    setattr(prepare, _SHARES, True)
+    return prepare
+
+
+def _shared_loader(loader: DataLoader, accelerator: Accelerator) -> ShardedDataLoader:
+    groups = sequence_parallel_groups(_sp_size(accelerator.state))
+    rank, size = groups.get_sequence_parallel_rank(), groups.get_sequence_parallel_world_size()
+    return _Loader(loader, rank, groups.get_sequence_parallel_group(), size, accelerator.device)
+
+
 def share_sequences(model: nn.Module, sp_size: int):
     """
     Streams the model with the settings of the run, its sequences shared by `sp_size` processes.
@@ -76,8 +117,9 @@ def share_sequences(model: nn.Module, sp_size: int):
     groups = sequence_parallel_groups(sp_size)
     group = groups.get_sequence_parallel_group()
     config = _set_up(model, accelerator, group)
-    _Loader.chunk_size = config.chunk_size
-    loss = partial(sequence_parallel_loss, sp_group=group, gradient_factor=gradient_factor(accelerator, sp_size))
+    _Loader.chunk_size, factor = config.chunk_size, gradient_factor(accelerator, sp_size)
+    give_group_loss(transformers_model(model), factor)
+    loss = partial(sequence_parallel_loss, sp_group=group, gradient_factor=factor)
     transformers.trainer.deepspeed_sp_compute_loss = partial(_loss_of_trainer, loss)
     return groups
 
@@ -117,6 +159,11 @@ class _Loader(ShardedDataLoader):
     chunk_size: int | str = "auto"
 
     def __init__(self, dl, sp_rank, sp_group, sp_world_size, device):
+        if isinstance(dl, ShardedDataLoader):
+            raise ValueError(
+                "Sequence parallelism: this data loader shares its batches already, since it was prepared in one call with the "
+                "model. Leave deepspeed_ulysses_dl_adapter out."
+            )
         super().__init__(dl, sp_rank, sp_group, sp_world_size, device, chunk_size=type(self).chunk_size)
 
 

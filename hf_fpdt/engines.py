@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -40,6 +41,11 @@ def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
             f"sp_size={sp_size} with distributed_type {kind.value}: sequences are shared under DeepSpeed, FSDP2 and DDP. "
             "Launch with one of accelerate_configs/, or set parallelism_config_sp_size to 1."
         )
+    if kind != DistributedType.DEEPSPEED and getattr(state, "device_mesh", None) is not None:
+        raise ValueError(
+            f"sp_size={sp_size} with {kind.value} and accelerate {accelerate.__version__}: it would give the processes of a "
+            "group the same batches, and each would be trained on several times. Use accelerate 1.13 or later, or DeepSpeed."
+        )
     parallelism, processes = state.parallelism_config, state.num_processes
     groups = processes // sp_size
     if kind == DistributedType.DEEPSPEED and processes % sp_size == 0 and parallelism.data_parallel_size != groups:
@@ -59,15 +65,14 @@ def check_shares_sequences(state: AcceleratorState, sp_size: int) -> None:
 def check_is_shared(group: dist.ProcessGroup | None) -> None:
     """
     Raises:
-        ValueError: if a model without a group trains in a run that asks for groups: accelerate prepares loops of one's own for
-            them under DeepSpeed only.
+        ValueError: if a model without a group trains in a run that asks for groups.
     """
     config = AcceleratorState._shared_state.get("parallelism_config")
     if group is None and config is not None and config.sp_size > 1:
         raise ValueError(
             f"sp_size={config.sp_size}, and this model was not prepared for it: every process would train on whole sequences. "
-            "In a loop of your own use DeepSpeed (accelerate_configs/fpdt_zero*.yaml) and Accelerator.prepare(model, "
-            "optimizer, dataloader); with FSDP2 and DDP use Trainer; or set parallelism_config_sp_size to 1."
+            "In a loop of your own pass it to Accelerator.prepare(model, optimizer, dataloader), with hf_fpdt imported before; "
+            "or set parallelism_config_sp_size to 1."
         )
 
 

@@ -4,13 +4,15 @@ The loss of a sequence whose tokens are spread over a sequence-parallel group: t
     loss = sum_r(n_r * loss_r) / sum_r(n_r)         loss_r: mean over the n_r valid labels of rank r
 """
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_IGNORED = -100
+IGNORED = -100
+_combining: ContextVar[bool] = ContextVar("fpdt_combining_losses", default=False)
 
 
 def sequence_parallel_loss(
@@ -43,10 +45,19 @@ def sequence_parallel_loss(
             f"Sequence parallelism: a batch with {sorted(inputs)} has no shift_labels to train on. Let the collator return "
             "labels, which the data loader shifts."
         )
-    outputs = model(**{"labels": inputs["shift_labels"], **inputs})
-    num_valid = (inputs["shift_labels"] != _IGNORED).sum()
+    token = _combining.set(True)
+    try:
+        outputs = model(**{"labels": inputs["shift_labels"], **inputs})
+    finally:
+        _combining.reset(token)
+    num_valid = (inputs["shift_labels"] != IGNORED).sum()
     loss = global_mean(outputs.loss, num_valid, sp_group, gradient_factor=gradient_factor)
     return (loss, outputs) if return_outputs else loss
+
+
+def combines_losses() -> bool:
+    """Whether `sequence_parallel_loss` is calling the model: it makes the group's mean of the losses that models return."""
+    return _combining.get()
 
 
 def global_mean(loss: Tensor, num_valid: Tensor, sp_group: dist.ProcessGroup, *, gradient_factor: float = 1.0) -> Tensor:

@@ -51,12 +51,13 @@ def restore_forward(module: nn.Module) -> None:
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by parameter name, as the class's forward would see them; defaults are not filled in."""
-    names = _parameter_names(type(module))
+    names = parameter_names(type(module))
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @lru_cache
-def _parameter_names(module_class: type) -> tuple[str, ...]:
+def parameter_names(module_class: type) -> tuple[str, ...]:
+    """Of its forward, without what `**kwargs` takes."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(module_class.forward).parameters.values())[1:]  # without self
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)

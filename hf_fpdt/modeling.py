@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .attention_interface import NAME, uses_attention_interface
 from .config import FPDTConfig
 from .engines import check_gathered_whole, check_is_shared, gather_parts_of_layers, gather_whole_layers
+from .group_loss import check_targets, give_own_loss, with_group_loss
 from .head_exchange import HeadExchange, NoExchange
 from .input_checks import check_streamable
 from .instance_forward import inner_forward, is_replaced, named_arguments, replace_forward, restore_forward
@@ -85,6 +86,7 @@ def restore(model: nn.Module) -> nn.Module:
     if base.config._attn_implementation == NAME:
         previous = base.__dict__.get(_PREVIOUS) or base.get_correct_attn_implementation(None)
         base.set_attn_implementation(previous)
+    give_own_loss(base)
     for owner in _models_in(base):
         remove_chunked_loss(owner)
         forget_plans(owner)
@@ -129,10 +131,15 @@ def _run_model(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
             _refuse_compilation(type(model).__name__)
         return forward(*args, **kwargs)
     arguments = {} if switched_off else named_arguments(model, args, kwargs)
+    check_targets(model, arguments)
     if switched_off or not _streams(model, arguments):
         with running(None):
             return forward(*args, **kwargs)
     arguments["use_cache"] = False
+    return with_group_loss(model, arguments, sp_group_of(model), partial(_stream, model, forward))
+
+
+def _stream(model: PreTrainedModel, forward: Callable, arguments: dict[str, Any]):
     layers = _decoder_layers(model)
     if not layers:  # a model around the one that has the layers
         if len(_models_in(model)) == 1:

@@ -74,8 +74,8 @@ def check_shard_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> Non
     if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
         raise ValueError(
             f"{type(model).__name__}: labels were given without shift_labels in a sequence-parallel group: the label after the "
-            "last token of a shard is on another process. Let ShardedDataLoader or shard_batch shift them, and pass "
-            "shift_labels, with labels=shift_labels for a model that computes no loss without labels."
+            "last token of a shard is on another process. ShardedDataLoader shifts them: Accelerator.prepare(model, optimizer, "
+            "dataloader), in one call, makes it of the loader. shard_batch shifts the labels of one batch."
         )
 
 

@@ -2,16 +2,22 @@
 
 from types import SimpleNamespace
 
+import accelerate.accelerator
 import pytest
 import torch
-from accelerate import ParallelismConfig
+import transformers.trainer
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from reference import make_model, tiny_llama
+from torch.utils.data import DataLoader
 
 import hf_fpdt
-from hf_fpdt.accelerate_wiring import _check_adapters, _loss_of_trainer
+from hf_fpdt import accelerate_wiring
+from hf_fpdt.accelerate_wiring import _check_adapters, _Loader, _loss_of_trainer, _sharing
 from hf_fpdt.engines import check_shares_sequences, gradient_factor
+from hf_fpdt.group_loss import give_group_loss
+from hf_fpdt.sharded_loader import ShardedDataLoader, skip_first_batches
 
 
 def state(kind: DistributedType, fsdp_version: int = 2, groups: int = 2, shards: int = 1, **zero):
@@ -64,6 +70,13 @@ def test_engines_that_cannot(engine, message):
         check_shares_sequences(engine, 4)
 
 
+def test_an_accelerate_that_repeats_batches():
+    engine = state(DistributedType.MULTI_GPU)
+    engine.device_mesh = object()  # accelerate 1.12 makes one
+    with pytest.raises(ValueError, match=r"with MULTI_GPU and accelerate .* Use accelerate 1\.13 or later, or DeepSpeed"):
+        check_shares_sequences(engine, 4)
+
+
 def test_a_loop_that_was_not_prepared(monkeypatch):
     model = hf_fpdt.apply_fpdt(make_model(tiny_llama()))
     ids = torch.arange(20)[None]
@@ -73,6 +86,78 @@ def test_a_loop_that_was_not_prepared(monkeypatch):
     with pytest.raises(ValueError, match="sp_size=2, and this model was not prepared for it"):
         model(input_ids=ids, labels=ids)
     model.eval()(input_ids=ids, labels=ids)  # evaluation takes whole sequences
+
+
+class Groups:
+    """What there is to know of the groups of 4."""
+
+    get_sequence_parallel_group = staticmethod(lambda: None)
+    get_sequence_parallel_rank = staticmethod(lambda: 1)
+    get_sequence_parallel_world_size = staticmethod(lambda: 4)
+
+
+@pytest.fixture
+def preparing(monkeypatch):
+    """An Accelerator whose `prepare` changes nothing, that under DDP, and a list of the models that get shared."""
+    shared = []
+
+    def share(model, sp_size):
+        shared.append(model)
+        give_group_loss(model, float(sp_size))
+
+    monkeypatch.setattr(accelerate_wiring, "share_sequences", share)
+    monkeypatch.setattr(accelerate_wiring, "replace_sequence_parallelism", lambda attention, loader: None)
+    monkeypatch.setattr(accelerate_wiring, "sequence_parallel_groups", lambda sp_size: Groups)
+    prepare = _sharing(lambda self, *args, **kwargs: args if len(args) > 1 else args[0])
+    accelerator = SimpleNamespace(state=state(DistributedType.MULTI_GPU), device="cpu")
+    return lambda *args: prepare(accelerator, *args), accelerator, shared
+
+
+def test_nothing_is_shared_twice(preparing):
+    prepare, _, shared = preparing
+    model, loader, alone = make_model(tiny_llama()), DataLoader([1, 2]), DataLoader([3])
+    got_model, got_loader = prepare(model, loader)
+    assert got_model is model
+    assert isinstance(got_loader, ShardedDataLoader)
+    assert (got_loader.dl, got_loader.sp_rank, got_loader.sp_world_size) == (loader, 1, 4)
+    assert prepare(model, got_loader) == (model, got_loader)
+    assert prepare(model) is model
+    assert prepare(alone) is alone
+    assert shared == [model]
+    with pytest.raises(ValueError, match=r"shares its batches already, .* Leave deepspeed_ulysses_dl_adapter out"):
+        _Loader(got_loader, 1, None, 4, "cpu")
+
+
+def test_what_accelerate_has_wrapped_or_shares_is_left_to_it(preparing):
+    prepare, accelerator, shared = preparing
+    wrapped = torch.nn.Linear(2, 2)  # DDP around a shared model, for example
+    wrapped._is_accelerate_prepared = True
+    assert prepare(wrapped) is wrapped
+    accelerator.state = state(DistributedType.DEEPSPEED)
+    model = make_model(tiny_llama())
+    assert prepare(model) is model
+    accelerator.state = SimpleNamespace(parallelism_config=None)
+    loader = DataLoader([1, 2])
+    assert prepare(model, loader) == (model, loader)
+    assert not shared
+
+
+def test_what_cannot_be_shared_is_refused(preparing):
+    prepare, _, _ = preparing
+    with pytest.raises(ValueError, match="Linear is no transformers PreTrainedModel"):
+        prepare(torch.nn.Linear(2, 2))
+
+
+def test_accelerator_is_taken_once(monkeypatch):
+    original = getattr(Accelerator.prepare, "__wrapped__", Accelerator.prepare)
+    monkeypatch.setattr(Accelerator, "prepare", original)
+    monkeypatch.setattr(accelerate.accelerator, "skip_first_batches", accelerate.skip_first_batches)
+    monkeypatch.setattr(transformers.trainer, "skip_first_batches", transformers.trainer.skip_first_batches)
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", list(transformers.trainer.DEFAULT_CALLBACKS))
+    accelerate_wiring.enable()
+    accelerate_wiring.enable()
+    assert Accelerator.prepare.__wrapped__ is original
+    assert accelerate.accelerator.skip_first_batches is skip_first_batches
 
 
 def test_weights_that_would_be_gathered_for_every_chunk():

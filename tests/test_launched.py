@@ -60,14 +60,22 @@ def launch(
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT | variables, cwd=ROOT)
 
 
-def reference(checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size: int = 2, clip: float = CLIP):
+def reference(
+    checkpoint: Path, *, groups: int = 1, accumulation: int = 1, size: int = 2, clip: float = CLIP, shuffled: bool = True
+):
     """
-    Losses, gradient norms and weights of a plain loop over the samples, in the order in which groups of `size` see them. Groups
-    of several count each sample's mean once, as Trainer does with sequence parallelism; else every label of a step counts once.
+    Losses, gradient norms and weights of a plain loop over the samples, in the order in which groups of `size` see them, after
+    Trainer's shuffling or without. Groups of several count each sample's mean once, as Trainer does with sequence parallelism;
+    else every label of a step counts once.
     """
     settings = TrainingArguments("unused", per_device_train_batch_size=1, report_to="none", use_cpu=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").train()
-    batches = list(Trainer(model, settings, train_dataset=Tokens(SAMPLES, 46, model.config.vocab_size)).get_train_dataloader())
+    samples = Tokens(SAMPLES, 46, model.config.vocab_size)
+    batches = (
+        list(Trainer(model, settings, train_dataset=samples).get_train_dataloader())
+        if shuffled
+        else [{name: torch.tensor([ids]) for name, ids in sample.items()} for sample in samples]
+    )
     optimizer, log = torch.optim.SGD(model.parameters(), lr=RATE), []
     for step in range(STEPS):
         optimizer.zero_grad()

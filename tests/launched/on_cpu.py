@@ -38,10 +38,15 @@ def _counted(*args, **kwargs):
     return _gather(*args, **kwargs)
 
 
-if __name__ == "__main__":
-    setattr(dist, _GATHER, _counted)
+def as_on_gpus() -> None:
+    """From now on accelerate takes both."""
     AcceleratorState.__init__ = _with_fsdp
     ParallelismConfig._validate_accelerator = _unless_ddp
+
+
+if __name__ == "__main__":
+    setattr(dist, _GATHER, _counted)
+    as_on_gpus()
     folder = Path(__file__).parent
     sys.path.insert(0, str(folder))
     sys.argv[0] = str(folder / "train.py")
