@@ -18,6 +18,7 @@ import torch.distributed as dist
 import transformers
 import transformers.trainer
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader
@@ -72,32 +73,38 @@ def _sharing(original: Callable) -> Callable:
     """
     `Accelerator.prepare` that shares the sequences of the models it is given, if Trainer's callback has not, and of the loaders
     in the same call, as accelerate does under DeepSpeed. A loader that is prepared alone gives whole sequences, for evaluation.
+    Learning rate schedulers go on with every batch of a group.
     """
 
     @wraps(original)
     def prepare(self, *args, **kwargs):
         sp_size = _sp_size(self.state)
-        models = [arg for arg in args if isinstance(arg, nn.Module) and not getattr(arg, "_is_accelerate_prepared", False)]
-        if sp_size == 1 or not models:
+        if sp_size == 1:
             return original(self, *args, **kwargs)
-        replace_sequence_parallelism(_Attention, _Loader)
+        models = [arg for arg in args if isinstance(arg, nn.Module) and not getattr(arg, "_is_accelerate_prepared", False)]
+        if models:
+            replace_sequence_parallelism(_Attention, _Loader)
         if zero_stage(self.state) is None:  # before they are wrapped or sharded; DeepSpeed's are shared by accelerate
             for model in models:
                 if not gives_group_loss(transformers_model(model)):
                     share_sequences(model, sp_size)
         prepared = original(self, *args, **kwargs)
         items = prepared if len(args) > 1 else (prepared,)
-        items = tuple(_shared_loader(item, self) if isinstance(item, DataLoader) else item for item in items)
+        items = tuple(_shared(item, self, with_loader=bool(models)) for item in items)
         return items if len(args) > 1 else items[0]
 
     setattr(prepare, _SHARES, True)
     return prepare
 
 
-def _shared_loader(loader: DataLoader, accelerator: Accelerator) -> ShardedDataLoader:
+def _shared(item: Any, accelerator: Accelerator, *, with_loader: bool) -> Any:
+    if type(item) is AcceleratedScheduler:
+        return _Scheduler(item.scheduler, item.optimizers, item.step_with_optimizer, item.split_batches)
+    if not (with_loader and isinstance(item, DataLoader)):
+        return item
     groups = sequence_parallel_groups(_sp_size(accelerator.state))
     rank, size = groups.get_sequence_parallel_rank(), groups.get_sequence_parallel_world_size()
-    return _Loader(loader, rank, groups.get_sequence_parallel_group(), size, accelerator.device)
+    return _Loader(item, rank, groups.get_sequence_parallel_group(), size, accelerator.device)
 
 
 def share_sequences(model: nn.Module, sp_size: int):
@@ -165,6 +172,24 @@ class _Loader(ShardedDataLoader):
                 "model. Leave deepspeed_ulysses_dl_adapter out."
             )
         super().__init__(dl, sp_rank, sp_group, sp_world_size, device, chunk_size=type(self).chunk_size)
+
+
+class _Scheduler(AcceleratedScheduler):
+    """
+    accelerate's takes a step for every process, since each works on a batch of its own, and a schedule made for the loader's
+    length has to end with its epoch. Processes that share sequences are as many times slower: a step for every group.
+    """
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if self.split_batches or not (self.step_with_optimizer and self.gradient_state.sync_gradients):
+            super().step(*args, **kwargs)
+            return
+        if any(optimizer.step_was_skipped for optimizer in self.optimizers):
+            return
+        state, total = AcceleratorState(), getattr(self.scheduler, "total_steps", None)
+        for _ in range(state.num_processes // _sp_size(state)):
+            if total is None or self.scheduler._step_count <= total:  # as accelerate does for OneCycleLR
+                self.scheduler.step(*args, **kwargs)
 
 
 def _sp_size(accelerator: AcceleratorState) -> int:

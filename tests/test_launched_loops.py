@@ -54,6 +54,7 @@ def test_trains_and_evaluates_as_one_process(engine, checkpoint, tmp_path):
     check(out, result, *reference(checkpoint, accumulation=2, shuffled=False))
     seen = json.loads((out / "log.json").read_text())[-1]
     assert (seen["weights"] == "DTensor") == (engine == "fsdp2")
+    assert seen["scheduled"] == STEPS  # of one group
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager").eval()
     samples = Tokens(SAMPLES, 46, model.config.vocab_size)
     with torch.no_grad():

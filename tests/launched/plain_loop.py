@@ -32,7 +32,8 @@ def main(engine: str, checkpoint: str, out: str, steps: str, rate: str, clip: st
     optimizer = torch.optim.SGD(model.parameters(), lr=float(rate))
     data = Tokens(16, 46, model.config.vocab_size)
     loader, evaluation = (DataLoader(data, collate_fn=default_data_collator) for _ in range(2))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     evaluation = accelerator.prepare(evaluation)
     log, losses = [], []
     for index, batch in enumerate(loader):
@@ -49,6 +50,7 @@ def main(engine: str, checkpoint: str, out: str, steps: str, rate: str, clip: st
                 log.append({"loss": sum(losses) / len(losses), "grad_norm": float(norm)})
                 losses.clear()
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
         if len(log) == int(steps):
             break
@@ -62,7 +64,7 @@ def main(engine: str, checkpoint: str, out: str, steps: str, rate: str, clip: st
     state = accelerator.get_state_dict(model)
     accelerator.unwrap_model(model).save_pretrained(out, state_dict=state, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
-        seen = {"tokens": tokens, "weights": weights, "evaluated": evaluated}
+        seen = {"tokens": tokens, "weights": weights, "evaluated": evaluated, "scheduled": scheduler.scheduler.last_epoch}
         Path(out, "log.json").write_text(json.dumps([*log, seen]))
 
 
