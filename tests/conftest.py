@@ -9,6 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+with torch.device("meta"):  # learns what `torch.empty` is now, before it is replaced below
+    torch.empty(1)
+
 # The tensors are tiny: a second thread only waits, and for long if another process runs beside the tests.
 torch.set_num_threads(1)
 

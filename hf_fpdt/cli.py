@@ -1,0 +1,154 @@
+"""
+The command `hf-fpdt`.
+
+    hf-fpdt plan MODEL --seq-len 131072 [--lora 16] [--gpu-memory 80GiB] [--json] [--plot memory.png]
+    hf-fpdt plan MODEL --longest ...
+    hf-fpdt env
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .attention_interface import NAME
+from .config import FPDTConfig
+from .environment import report
+from .host_arena import HostMemoryError
+from .model_plan import device_limit
+from .plan_report import GIB, as_json, by_length, draw, longest
+from .planning import plan
+from .step_plan import DeviceMemoryError
+
+_UNITS = {"": GIB, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": GIB, "tb": 10**12, "tib": 2**40}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_YES_NO = {"auto": "auto", "yes": True, "no": False}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs a command line; returns its exit status: 1 where nothing fits, 2 for a command that cannot be carried out."""
+    args = _parser().parse_args(words)
+    try:
+        return args.run(args)
+    except (DeviceMemoryError, HostMemoryError) as error:
+        print(f"hf-fpdt: it does not fit. {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"hf-fpdt: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-fpdt", description="Finetuning on very long sequences.")
+    commands = parser.add_subparsers(required=True)
+    env = commands.add_parser("env", help="what a bug report has to say about this machine")
+    env.set_defaults(run=_env)
+    one = commands.add_parser(
+        "plan",
+        help="what a training step would take, without a GPU and without weights",
+        description="Predicts GPU and host memory of one training step on one GPU that has its sequences to itself. Nothing is "
+        "trained or downloaded but the configuration. Gradients and an AdamW state in the weights' dtype are kept free.",
+    )
+    one.set_defaults(run=_plan)
+    one.add_argument("model", help="a folder or file with a config.json, or a name on the Hub")
+    length = one.add_mutually_exclusive_group(required=True)
+    length.add_argument("--seq-len", type=int, help="tokens of a sequence")
+    length.add_argument("--longest", action="store_true", help="find the longest sequences that fit")
+    one.add_argument("--batch-size", type=int, default=1, help="sequences of a step (default: 1)")
+    one.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    one.add_argument("--lora", type=int, metavar="RANK", help="adapters of this rank, everything else frozen; needs peft")
+    one.add_argument("--lora-targets", default="all-linear", help="modules with adapters, by commas (default: all-linear)")
+    one.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="80GiB, 141GB, ... (default: this machine's GPU)")
+    one.add_argument("--host-memory", type=_size, metavar="SIZE", help="(default: what this machine can give)")
+    one.add_argument("--chunk-size", type=int, help="tokens of a chunk (default: chosen)")
+    one.add_argument("--kv", choices=("auto", "resident", "streamed"), default="auto", help="K and V of the running layer")
+    one.add_argument("--offload", choices=("auto", "none", "host", "disk"), default="auto", help="where layers wait")
+    one.add_argument("--disk-folder", help="with --offload disk: where the run would have its file")
+    one.add_argument("--recompute", choices=_YES_NO, default="auto", help="run layers again in the backward")
+    one.add_argument("--save-attention", choices=_YES_NO, default="auto", help="not to compute attention twice")
+    one.add_argument("--kernel", default="auto", help="attention kernel (default: the fastest)")
+    one.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
+    one.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against length; needs matplotlib")
+    return parser
+
+
+def _env(args: argparse.Namespace) -> int:
+    lines = report()
+    width = max(len(what) for what, _ in lines)
+    for what, value in lines:
+        print(f"{what:<{width}}  {value}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config, model = _settings(args), _model(args)
+    found = longest(model, args.batch_size, config) if args.longest else None
+    if found is None:
+        found = plan(model, seq_len=args.seq_len or 2048, batch_size=args.batch_size, config=config)
+    if args.json:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        print(found)
+        print(_about_positions(model, found.seq_len), end="")
+    if args.plot is not None:
+        title = f"{Path(args.model).name}{f', LoRA {args.lora}' if args.lora else ''}: one training step"
+        draw(list(by_length(model, found.seq_len, args.batch_size, config)), title, args.plot)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> FPDTConfig:
+    if args.gpu_memory is None and not torch.cuda.is_available():
+        raise ValueError("plan on a machine without a GPU: pass --gpu-memory, for example --gpu-memory 80GiB.")
+    given = {"gpu_memory": args.gpu_memory, "host_memory": args.host_memory, "chunk_size": args.chunk_size}
+    if args.gpu_memory is None:  # what a process that starts now could take
+        given["gpu_memory"] = device_limit(FPDTConfig(), torch.device("cuda", torch.cuda.current_device()))
+    return FPDTConfig(
+        **{name: value for name, value in given.items() if value is not None},
+        kv=args.kv,
+        offload=args.offload,
+        disk_folder=args.disk_folder,
+        recompute=_YES_NO[args.recompute],
+        save_attention=_YES_NO[args.save_attention],
+        kernel=args.kernel,
+    )
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    """Without weights: on the meta device."""
+    config = AutoConfig.from_pretrained(args.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=_DTYPES[args.dtype])
+        if args.lora is not None:
+            model = _with_adapters(model, args.lora, args.lora_targets)
+    return model.train()
+
+
+def _with_adapters(model: nn.Module, rank: int, targets: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = targets if targets == "all-linear" else targets.split(",")
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+
+
+def _about_positions(model: nn.Module, seq_len: int) -> str:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is None or seq_len <= most:
+        return ""
+    return f"  The model was made for {most} tokens (max_position_embeddings): extend its rotary embeddings, as with YaRN.\n"
+
+
+def _size(text: str) -> int:
+    """Bytes of `"80GiB"`, `"141GB"`, `"80"` (GiB)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 80GiB, 141GB or 80 (GiB) are.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
