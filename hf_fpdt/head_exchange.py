@@ -125,7 +125,7 @@ class HeadExchange:
 
     def groups(self, heads: int, kv_heads: int) -> tuple[HeadGroup, ...]:
         """How the heads of each rank are divided, of a model with so many."""
-        return _ways(heads, kv_heads, self.size, self.rank).split.groups(self.most_groups)
+        return _groups(heads, kv_heads, self.size, self.most_groups)
 
     def scatter(self, group: HeadGroup, query: Tensor, key: Tensor, value: Tensor) -> Arriving:
         """
@@ -242,6 +242,11 @@ class _Ways:
 def _ways(heads: int, kv_heads: int, size: int, rank: int) -> _Ways:
     split = HeadSplit(heads, kv_heads, size)
     return _Ways(split, split.sent(), split.head_map(rank))
+
+
+@lru_cache
+def _groups(heads: int, kv_heads: int, size: int, most: int) -> tuple[HeadGroup, ...]:
+    return HeadSplit(heads, kv_heads, size).groups(most)
 
 
 @lru_cache

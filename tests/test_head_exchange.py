@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from hf_fpdt import head_exchange
 from hf_fpdt.head_exchange import HeadExchange, MeasuredExchange
 from hf_fpdt.head_split import ALL_HEADS, HeadSplit
 
@@ -65,6 +66,14 @@ def test_how_many_groups(heads, kv_heads, size, want):
 def test_heads_that_the_group_does_not_divide(heads, size, valid):
     with pytest.raises(ValueError, match=rf"{heads} attention heads .* group of {size} processes. Use an sp_size of {valid}\."):
         HeadSplit(heads, 2, size)
+
+
+@pytest.mark.parametrize(("backend", "rate", "want"), [("cuda:nccl", 250e9, 1), ("cuda:nccl", 50e9, 4), ("cpu:gloo", None, 4)])
+def test_a_fast_link_takes_all_heads_at_once(backend, rate, want, monkeypatch):
+    """An exchange beside attention takes multiprocessors from it: on NVLink that costs as much as waiting."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backend)
+    monkeypatch.setattr(head_exchange, "_link_rate", lambda group: rate)
+    assert head_exchange._most_groups(object()) == want
 
 
 def _whole(heads: int, kv_heads: int, ranks: int, dtype):
