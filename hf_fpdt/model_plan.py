@@ -28,6 +28,7 @@ _RESERVED_SHARE = 0.06  # of the GPU's memory, for what the allocator cannot use
 _HOST_SHARE = (
     0.95  # of what the host has available; the process itself grows in a step, and slabs are not filled to the last byte
 )
+_MOST_PLANS = 64  # of a model
 _PLANS, _UNTRAINED = "_fpdt_plans", "_fpdt_untrained"
 
 
@@ -59,6 +60,8 @@ def plan_of_call(
         plan = new_plan(model, layers, head, tokens, config, measure, layout, exchange)
         settled = (plan.chunk_size, plan.stream_kv, tuple(placement.keeps for placement in plan.placements))
         check_same(exchange.group, {"their plan": settled}, "Give all of them the same model, FPDTConfig and kernels.")
+        if len(plans) == _MOST_PLANS:  # of batches of all lengths there is no end
+            del plans[next(iter(plans))]
         plans[key] = plan
         logger.info("%s", plans[key])
     return plans[key]
