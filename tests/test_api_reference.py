@@ -12,8 +12,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# API reference
 
 The public names of `hf_fpdt`, from their docstrings
-([tests/test_api_reference.py](../tests/test_api_reference.py) writes this page). The command is `hf-fpdt --help`; what may be set
-from a launch configuration or the environment is in [launching.md](launching.md#settings).
+([tests/test_api_reference.py](../tests/test_api_reference.py) writes this page). The command is `hf-fpdt --help`; what may be
+set from a launch configuration or the environment is in [launching.md](launching.md#settings).
 """
 
 
