@@ -38,6 +38,7 @@ from .group_loss import give_group_loss, gives_group_loss
 from .modeling import apply_fpdt, config_of, is_streamed, sp_group_of, transformers_model
 from .plugin import resolve_settings
 from .sharded_loader import ShardedDataLoader, skip_first_batches
+from .trainer_import import watch_trainers
 
 _SHARES = "_fpdt_shares_sequences"
 
@@ -47,6 +48,7 @@ def enable() -> None:
     if FPDTCallback not in transformers.trainer.DEFAULT_CALLBACKS:
         transformers.trainer.DEFAULT_CALLBACKS.append(FPDTCallback)
         transformers.trainer.skip_first_batches = skip_first_batches
+    watch_trainers()  # a model of another attention may be streamed when Trainer is made already
     if not hasattr(Accelerator.prepare, _SHARES):
         Accelerator.prepare = _sharing(Accelerator.prepare)
         accelerate.accelerator.skip_first_batches = skip_first_batches  # behind the method of this name
