@@ -8,12 +8,14 @@ the GPU meets behind the last training step to one that it meets after them, bec
 
 import logging
 import math
+import os
 import time
 
 import torch
 from transformers import TrainerCallback
 
 from .flops import peak_flops, training_flops
+from .step_trace import STEP, StepTrace
 from .transfers import transfers_for
 from .work import Work, works_in
 
@@ -27,16 +29,24 @@ class Watch(TrainerCallback):
     """
     Adds `fpdt/...` to Trainer's logs while a model with `attn_implementation="fpdt"` trains; docs/watching.md has what each is.
     Trainer adds it by itself; `trainer.remove_callback(Watch)` takes it out.
+
+    Args:
+        trace (`str` or `os.PathLike`, *optional*):
+            Where to write the timeline of the third optimizer step, on the first process; `FPDT_TRACE` if not given.
+
+    Raises:
+        ValueError: for a path in no folder; in training, for a model that does not stream, and fewer steps.
     """
 
-    def __init__(self):
+    def __init__(self, trace: str | os.PathLike | None = None):
+        self._trace = StepTrace.asked_for(trace, os.environ)
         self._forget()
 
     def _forget(self) -> None:
         self._works: list | None = None  # None: not looked for yet
         self._interval: Interval | None = None
         self._before: list[Work] = []
-        self._named = False
+        self._named, self._steps = False, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._forget()
@@ -44,8 +54,13 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self._works is None:
             self._works = works_in(model) if model is not None else []
+            if self._trace is not None:
+                self._trace.check(bool(self._works), state.max_steps - state.global_step)
             if self._works:
                 self._start(args.device)
+        self._steps += 1
+        if self._trace is not None and self._steps == STEP and state.is_world_process_zero:
+            self._trace.begin(args.device)
 
     def on_substep_end(self, args, state, control, **kwargs):
         if self._interval is not None:
@@ -59,6 +74,9 @@ class Watch(TrainerCallback):
         if kernels and not self._named:
             logger.info("hf_fpdt: attention runs in %s", ", ".join(kernels))
             self._named = True
+        if self._trace is not None and self._trace.end(args.device):
+            self._interval.interrupted()
+            logger.info("hf_fpdt: the timeline of step %d is in %s", state.global_step, self._trace.path)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._interval is not None:

@@ -4,6 +4,7 @@ moves in training, evaluation and saving. A failure means that a run reports a s
 """
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_fpdt import FPDTConfig, apply_fpdt, restore, watch
 from hf_fpdt.flops import matrix_flops, training_flops
+from hf_fpdt.plugin import resolve_settings
 from hf_fpdt.transfers import transfers_for
 from hf_fpdt.watch import TOKENS_PER_S, Watch
 from hf_fpdt.work import works_in
@@ -350,6 +352,61 @@ def test_moved_bytes():
     before = transfers.moved_bytes
     resident(**make_batch(2, 48)).loss.backward()
     assert transfers.moved_bytes == before
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_timeline_of_the_third_step(tmp_path, clock, monkeypatch, by_variable):
+    path = tmp_path / "trace.json"
+    if by_variable:
+        monkeypatch.setenv("FPDT_TRACE", str(path))
+    trainer = make_trainer(
+        make_streamed(tiny_llama(), 16), tmp_path, callbacks=None if by_variable else [Watch(trace=path)], max_steps=5
+    )
+    names = []
+
+    class Mark(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            with torch.profiler.record_function(f"optimizer step {state.global_step + 1}"):
+                names.append(path.exists())
+
+    trainer.add_callback(Mark)
+    trainer.train()
+    assert names == [False, False, False, True, True]
+    events = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {name for name in events if name.startswith("optimizer step")} == {"optimizer step 3"}
+    assert "_StreamedLayerBackward" in events
+    want = [sum(LENGTHS[at : at + 2]) for at in range(0, 10, 2)]
+    assert rates(trainer.state.log_history) == pytest.approx(want), "writing is no training"
+
+
+def test_timelines_that_cannot_be(tmp_path, clock, monkeypatch):
+    with pytest.raises(ValueError, match=r"Watch\(trace=...\)='.*/no/such.json': the path of a file in an existing folder"):
+        Watch(trace=tmp_path / "no" / "such.json")
+    monkeypatch.setenv("FPDT_TRACE", "")
+    with pytest.raises(ValueError, match="FPDT_TRACE='': the path of a file in an existing folder is needed"):
+        make_trainer(make_streamed(tiny_llama(), 16), tmp_path)
+    monkeypatch.setenv("FPDT_TRACE", str(tmp_path / "trace.json"))
+    with pytest.raises(ValueError, match="is the timeline of optimizer step 3, and this training has 2"):
+        make_trainer(make_streamed(tiny_llama(), 16), tmp_path, max_steps=2).train()
+    with pytest.raises(ValueError, match="the model that is trained does not stream"):
+        make_trainer(make_model(tiny_llama()), tmp_path).train()
+    with torch.profiler.profile(), pytest.raises(ValueError, match="another torch profiler is running"):
+        make_trainer(make_streamed(tiny_llama(), 16), tmp_path).train()
+
+
+def test_a_timeline_that_nobody_writes(tmp_path):
+    environment = os.environ | {"FPDT_TRACE": str(tmp_path / "trace.json")}
+    command = [sys.executable, "-c", START + MODEL]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    assert "FPDT_TRACE is set and nothing was written: no Trainer was made" in result.stderr
+
+
+def test_the_variable_is_no_setting():
+    assert resolve_settings(FPDTConfig(), None, None, {"FPDT_TRACE": "x", "FPDT_KERNEL": "naive"}).kernel == "naive"
+    with pytest.raises(ValueError, match=r"The environment sets FPDT_TRACES, which is no setting; .*, FPDT_TRACE\."):
+        resolve_settings(FPDTConfig(), None, None, {"FPDT_TRACES": "x"})
+    with pytest.raises(ValueError, match="block of the DeepSpeed configuration sets trace, which is no setting"):
+        resolve_settings(FPDTConfig(), None, {"trace": "x"}, {})
 
 
 def test_fields_of_a_gpu(monkeypatch):
