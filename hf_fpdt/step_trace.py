@@ -50,7 +50,7 @@ class StepTrace:
             )
         if steps < STEP:
             raise ValueError(
-                f"{self._what} is the timeline of optimizer step {STEP}, and this training has {steps}. Train for at least {STEP}."
+                f"{self._what} is the timeline of optimizer step {STEP}, and this training has {steps}. Train for that many."
             )
 
     def begin(self, device: torch.device) -> None:

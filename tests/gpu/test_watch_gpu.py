@@ -1,6 +1,6 @@
 """
-What `Watch` says of a GPU, against what torch says and a clock that waits for it. A failure means wrong numbers in the logs of a
-run, or a run that waits for the GPU to have them.
+What `Watch` says of a GPU, against what torch says and a clock that waits for it. A failure means wrong numbers in a run's
+logs, or a run that waits for the GPU to have them.
 """
 
 import time
