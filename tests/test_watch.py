@@ -200,8 +200,9 @@ def test_logs_of_others_are_left_alone(tmp_path, clock):
 
     class Chatty(TimedTrainer):
         def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
             self.log({"loss": 1.0})
-            return super().training_step(*args, **kwargs)
+            return loss
 
     model = make_streamed(tiny_llama(), 16)
     trainer = make_trainer(model, tmp_path)
