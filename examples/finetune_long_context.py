@@ -300,7 +300,8 @@ def train(
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.device.type == "cuda":
-        run.peak_gpu_gib = torch.cuda.max_memory_allocated() / 2**30
+        logged = [entry.get("fpdt/gpu_peak_gib", 0.0) for entry in trainer.state.log_history]  # each since the one before
+        run.peak_gpu_gib = max(torch.cuda.max_memory_allocated() / 2**30, *logged)
     if data[1] is not None:
         trainer.evaluate()
     if training_args.save_final:

@@ -7,6 +7,7 @@ and adds a callback to Trainer that reads the settings once the Accelerator exis
 one's own have no callback: for them `Accelerator.prepare` is wrapped, and shares under FSDP2 and DDP as well.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -38,6 +39,9 @@ from .group_loss import give_group_loss, gives_group_loss
 from .modeling import apply_fpdt, config_of, is_streamed, sp_group_of, transformers_model
 from .plugin import resolve_settings
 from .sharded_loader import ShardedDataLoader, skip_first_batches
+from .step_trace import VARIABLE as TRACE
+from .step_trace import say_if_unused
+from .trainer_import import watch_trainers
 
 _SHARES = "_fpdt_shares_sequences"
 
@@ -47,6 +51,10 @@ def enable() -> None:
     if FPDTCallback not in transformers.trainer.DEFAULT_CALLBACKS:
         transformers.trainer.DEFAULT_CALLBACKS.append(FPDTCallback)
         transformers.trainer.skip_first_batches = skip_first_batches
+    watch_trainers()  # a model of another attention may be streamed when Trainer is made already
+    if TRACE in os.environ:
+        atexit.unregister(say_if_unused)
+        atexit.register(say_if_unused)
     if not hasattr(Accelerator.prepare, _SHARES):
         Accelerator.prepare = _sharing(Accelerator.prepare)
         accelerate.accelerator.skip_first_batches = skip_first_batches  # behind the method of this name

@@ -81,7 +81,10 @@ def fpdt_attention(
         raise ValueError(_unsupported(module, "bidirectional attention (is_causal=False)"))
     window = attention_mask.tokens if isinstance(attention_mask, SlidingWindow) else None
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return chunk.attend(query, key, value, ScoreRule(scale, softcap, window), s_aux), None
+    out = chunk.attend(query, key, value, ScoreRule(scale, softcap, window), s_aux)
+    if (streamed := active_pass()) is not None:  # not where a chunk runs again, in the backward
+        streamed.count_attention(chunk, query, value, window)
+    return out, None
 
 
 def _masked_attention(

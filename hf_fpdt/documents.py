@@ -44,6 +44,16 @@ class Segment:
         start, stop = max(self.first, block[0]), min(self.stop, block[1])
         return (self.rows, slice(start - block[0], stop - block[0])) if start < stop else None
 
+    @property
+    def tokens(self) -> int:
+        """Of all its rows."""
+        return (self.rows.stop - self.rows.start) * (self.stop - self.start)
+
+    def pairs(self, window: int | None = None) -> int:
+        """Pairs of a query and a key that it sees, of all its rows; `window` is that which the segment was made with."""
+        seen = _pairs(self.stop - self.first, window) - _pairs(self.start - self.first, window)
+        return (self.rows.stop - self.rows.start) * seen
+
 
 class Documents:
     """
@@ -189,6 +199,12 @@ def _resumed(valid: Tensor, positions: Tensor | None) -> int:
     if positions is not None:
         again &= positions.cpu().expand(valid.shape) != 0
     return int(again.sum())
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Of the first tokens of a text."""
+    growing = tokens if window is None else min(tokens, window)
+    return growing * (growing + 1) // 2 + (tokens - growing) * growing
 
 
 def _documents(valid: Tensor, starts: Tensor) -> list[Document]:

@@ -110,7 +110,7 @@ class Chunk:
 
     def __init__(self, call: LayerCall, index: int, stores: StorePerGroup):
         self.call, self.index, self.span, self.stores = call, index, call.spans[index], stores
-        self.attended = False
+        self.attended, self.kernel_name = False, ""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule, sinks: Tensor | None = None) -> Tensor:
         """
@@ -137,6 +137,7 @@ class Chunk:
             )
         sizes = (query.device, query.dtype, query.shape[-1], value.shape[-1])
         how = Attention(choose_kernel(self.call.kernel, *sizes, rule.features), rule, sinks)
+        self.kernel_name = how.kernel.name
         with no_autocast(query.device.type):
             return self._attend(how, query, key, value)
 

@@ -29,6 +29,8 @@ from .model_plan import forget_plans, layout_of, plan_of_call
 from .places import Places
 from .shard_checks import check_shard, check_shard_labels, check_shardable
 from .streamed_pass import MeasuringPass, StreamedPass, running
+from .trainer_import import watch_trainers
+from .work import forget_work, work_of
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +92,7 @@ def restore(model: nn.Module) -> nn.Module:
     for owner in _models_in(base):
         remove_chunked_loss(owner)
         forget_plans(owner)
+        forget_work(owner)
         for attribute in (_CONFIG, _PREVIOUS, _SP_GROUP):
             owner.__dict__.pop(attribute, None)
     gather_parts_of_layers(module for module in base.modules() if isinstance(module, GradientCheckpointingLayer))
@@ -118,7 +121,9 @@ def watch_models() -> None:
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Wraps the forward of one model instance; harmless if done before."""
+    """Wraps the forward of one model instance, and has Trainer watch it; harmless if done before."""
+    watch_trainers()
+    work_of(model)
     if not is_replaced(model):
         replace_forward(model, _run_model)
 
@@ -162,9 +167,11 @@ def _stream(model: PreTrainedModel, forward: Callable, arguments: dict[str, Any]
         run = partial(measure, forward, arguments, tokens.shape[1])
         plan = plan_of_call(model, layers, deferring_head(), tokens, config, run, layout, exchange)
         places = Places(config, tokens.device)
-        streamed = StreamedPass(plan, config.kernel, places, exchange, documents)
+        work = work_of(model) if model.training and torch.is_grad_enabled() else None
+        streamed = StreamedPass(plan, config.kernel, places, exchange, documents, work)
         with running(streamed):
             output = forward(**arguments)
+        streamed.count_tokens()
     if streamed.last_saved is not None:
         places.settle()  # before the loss, which takes a lot
         streamed.last_saved.prefetch_first()  # the backward starts with the last layer: its copies run under the loss

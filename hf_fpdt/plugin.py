@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 
 from .config import FPDTConfig
+from .step_trace import VARIABLE as _TRACE
 
 _FIELDS = tuple(one.name for one in fields(FPDTConfig))
 _PREFIX = "FPDT_"
@@ -75,7 +76,8 @@ def resolve_settings(base: FPDTConfig, handler: Any, block: Any, environment: Ma
     if not isinstance(block if block is not None else {}, Mapping):
         raise ValueError(f'The "fpdt" entry of the DeepSpeed configuration is {block!r}; it must be a JSON object.')
     settings |= _known(block or {}, 'The "fpdt" block of the DeepSpeed configuration', "")
-    named = {name[len(_PREFIX) :].lower(): value for name, value in environment.items() if name.startswith(_PREFIX)}
+    set_here = {name: value for name, value in environment.items() if name.startswith(_PREFIX) and name != _TRACE}
+    named = {name[len(_PREFIX) :].lower(): value for name, value in set_here.items()}
     settings |= {name: _parsed(value) for name, value in _known(named, "The environment", _PREFIX).items()}
     return FPDTConfig(**settings)
 
@@ -83,7 +85,7 @@ def resolve_settings(base: FPDTConfig, handler: Any, block: Any, environment: Ma
 def _known(found: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
     for name in found:
         if name not in _FIELDS:
-            wanted = ", ".join(prefix + (one.upper() if prefix else one) for one in _FIELDS)
+            wanted = ", ".join([*(prefix + one.upper() for one in _FIELDS), _TRACE] if prefix else _FIELDS)
             raise ValueError(
                 f"{where} sets {prefix}{name.upper() if prefix else name}, which is no setting; there are {wanted}."
             )

@@ -63,11 +63,15 @@ class SequenceLayout:
 
     def positions(self, rank: int) -> Tensor:
         """Global positions of the tokens that a rank holds, in the order in which it holds them: int64 `[local_len]`."""
-        slices = []
+        return torch.cat([torch.arange(start, stop) for start, stop in self.spans_of(rank)])
+
+    def spans_of(self, rank: int) -> list[tuple[int, int]]:
+        """`(start, stop)` in the global sequence of what a rank holds of every chunk."""
+        found = []
         for start, stop in self.spans:
             width = (stop - start) // self.sp_size
-            slices.append(torch.arange(start + rank * width, start + (rank + 1) * width))
-        return torch.cat(slices)
+            found.append((start + rank * width, start + (rank + 1) * width))
+        return found
 
 
 def _round_up(tokens: int, multiple: int) -> int:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from .documents import Documents
+from .flops import attention_flops
 from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
-from .layer_chunk import LayerCall, outside_of_chunks
+from .layer_chunk import Chunk, LayerCall, outside_of_chunks
 from .layer_footprint import footprint_of_layer
 from .layer_stream import SavedLayer, stream_layer
 from .memory_model import LayerFootprint, LayerPlacement
 from .places import Places
 from .step_plan import Plan
+from .work import Work
 
 _active_pass: ContextVar["StreamedPass | MeasuringPass | None"] = ContextVar("fpdt_active_pass", default=None)
 
@@ -29,14 +31,22 @@ class StreamedPass:
         places: where tensors wait for the backward.
         exchange: between the processes that share the sequence.
         documents: what attention keeps apart; None: every row is one.
+        work: where what it does is counted; None: nowhere.
 
     `seq_len` counts all tokens of a sequence, `local_len` those that this process has; `spans` and `store_spans` are chunks of
     the latter and the former; `segments` those of every chunk, by the window of a layer.
     """
 
     def __init__(
-        self, plan: Plan, kernel: str, places: Places, exchange: NoExchange | HeadExchange, documents: Documents | None = None
+        self,
+        plan: Plan,
+        kernel: str,
+        places: Places,
+        exchange: NoExchange | HeadExchange,
+        documents: Documents | None = None,
+        work: Work | None = None,
     ):
+        self.work = work
         self.plan, self.kernel, self.places, self.exchange = plan, kernel, places, exchange
         self.stream_kv, self.seq_len, self.local_len = plan.stream_kv, plan.seq_len, plan.layout.local_len
         self.whole_len = plan.seq_len
@@ -44,7 +54,7 @@ class StreamedPass:
         documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
         self.segments = cache(partial(documents.segments, self.store_spans))  # no method: layers must not refer to the pass
         self.last_saved: SavedLayer | None = None
-        self._layers_run = 0
+        self._documents, self._layers_run = documents, 0
 
     def next_placement(self) -> LayerPlacement:
         """That of the layer that runs now; a model that calls more layers than it has gives the others that of the last."""
@@ -59,6 +69,20 @@ class StreamedPass:
     def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
         y, self.last_saved = stream_layer(call, x, weights, self.last_saved)
         return y
+
+    def count_tokens(self) -> None:
+        """Those of this process have gone through all layers."""
+        if self.work is not None:
+            own = self._documents.segments(self.plan.layout.spans_of(self.exchange.rank))
+            self.work.tokens += sum(segment.tokens for segments in own for segment in segments)
+
+    def count_attention(self, chunk: Chunk, query: Tensor, value: Tensor, window: int | None) -> None:
+        """A chunk `[batch, chunk, heads, dim]` has attended; every process of a group does its part of the heads."""
+        if self.work is not None:
+            pairs = sum(segment.pairs(window) for segment in self.segments(window)[chunk.index])
+            flops = attention_flops(pairs, query.shape[2], query.shape[3], value.shape[3])
+            self.work.attention_flops += flops // self.exchange.size
+            self.work.kernels[chunk.kernel_name] = None
 
 
 class MeasuringPass:
@@ -78,6 +102,9 @@ class MeasuringPass:
         self.layers: list[LayerFootprint] = []
         self.argument_bytes = 0.0
         self._known: dict[Hashable, LayerFootprint] = {}
+
+    def count_attention(self, chunk: Chunk, query: Tensor, value: Tensor, window: int | None) -> None:
+        """Nobody attends."""
 
     def keep_last(self, tensor: Tensor):
         raise AssertionError("nothing is kept while a model is measured")

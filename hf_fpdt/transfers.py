@@ -131,6 +131,7 @@ class Transfers:
 
     def __init__(self, device: torch.device):
         self.arena = HostArena()
+        self.moved_bytes = 0  # of all copies started so far, both ways
         self._device = device
         self._d2h_stream = torch.cuda.Stream(device)
         self._h2d_stream = torch.cuda.Stream(device)
@@ -146,6 +147,7 @@ class Transfers:
         with torch.cuda.stream(self._d2h_stream):
             host.copy_(tensor, non_blocking=True)
             write = HostWrite(tensor, self._d2h_stream.record_event())
+        self.moved_bytes += host.nbytes
         self._pending.append(write)
         self._drop_finished(self.max_pending)
         return write
@@ -156,6 +158,7 @@ class Transfers:
         tensor = torch.empty(host.shape, dtype=host.dtype, device=self._device)
         self._h2d_stream.wait_stream(torch.cuda.current_stream(self._device))
         self._h2d_stream.wait_event(written.done)
+        self.moved_bytes += host.nbytes
         with torch.cuda.stream(self._h2d_stream):
             tensor.copy_(host, non_blocking=True)
             return tensor, self._h2d_stream.record_event()
@@ -185,11 +188,14 @@ class CpuTransfers:
 
     def __init__(self):
         self.arena = HostArena(lock=lambda slab: None, unlock=lambda slab: None)
+        self.moved_bytes = 0
 
     def copy_to_host(self, tensor: Tensor, host: Tensor) -> None:
+        self.moved_bytes += host.nbytes
         host.copy_(tensor.detach())
 
     def copy_to_device(self, host: Tensor, written: None) -> tuple[Tensor, None]:
+        self.moved_bytes += host.nbytes
         return torch.empty(host.shape, dtype=host.dtype).copy_(host), None
 
     def wait(self, event: None) -> None:

@@ -21,12 +21,12 @@ LAYERS = {
     "version": 0, "config": 0, "chunking": 0, "documents": 0, "online_softmax": 0, "gradient_sum": 0, "run_state": 0,
     "host_limits": 0, "instance_forward": 0, "attention_kernels": 0, "cross_entropy": 0, "footprint": 0, "sole_owner": 0,
     "free_list": 0, "nameless_file": 0, "unchanged": 0, "numa": 0, "global_loss": 0,
-    "engines": 0, "head_split": 0, "head_exchange": 1, "group_agreement": 0,
+    "work": 0, "flops": 0, "step_trace": 0, "engines": 0, "head_split": 0, "head_exchange": 1, "group_agreement": 0,
     "host_arena": 1, "group_loss": 1, "input_checks": 1, "plugin": 1, "memory_model": 1, "kernel_memory": 1,
     "deferred_logits": 1, "causal_attention": 1, "cuda_kernels": 1, "token_stream": 1, "chunked_loss": 1, "sequence_layout": 1,
     "transfers": 2, "kernel_choice": 2, "model_loss": 2, "placement": 2, "disk_file": 2, "batch_sharding": 2, "shard_checks": 2,
-    "environment": 3, "key_value_store": 3, "step_plan": 3, "places": 3, "sharded_loader": 3,
-    "layer_chunk": 4,
+    "environment": 3, "key_value_store": 3, "step_plan": 3, "places": 3, "sharded_loader": 3, "watch": 3,
+    "layer_chunk": 4, "trainer_import": 4,
     "layer_stream": 5, "layer_footprint": 5,
     "streamed_pass": 6,
     "attention_interface": 7, "layer_wiring": 7, "model_plan": 7,
@@ -42,6 +42,7 @@ LAZY = {
     ("__init__", ""),
     ("plan_report", "matplotlib"),
     ("cli", "peft"),
+    ("trainer_import", ""),
 }
 MAX_FUNCTION_LINES, MAX_MODULE_LINES, MAX_PUBLIC_NAMES = 60, 350, 9
 

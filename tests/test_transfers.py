@@ -170,8 +170,8 @@ def test_streamed_gradients_leave_the_device_with_their_chunk(simulated, monkeyp
     """Otherwise sums of grad K and grad V add to what the MLP of the next chunk takes."""
     pending, backward = [], key_value_store.StreamedStore.attend_backward
 
-    def counted(*args):
-        grads = backward(*args)
+    def counted(*args, **kwargs):
+        grads = backward(*args, **kwargs)
         pending.append(len(simulated._pending))
         return grads
 

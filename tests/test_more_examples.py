@@ -1,0 +1,88 @@
+"""The examples with TRL and with a loop of one's own, run as a user runs them: in processes of their own, on a CPU."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from reference import make_model, tiny_llama
+
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("deepspeed")
+
+ROOT = Path(__file__).parents[1]
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama with a tokenizer of its own for the text of a file of the standard library."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from datasets import Dataset
+    from long_text import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
+    tokenizer = load_tokenizer(None, 300, Dataset.from_dict({"text": [text]}))
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, CHAT
+    tokenizer.save_pretrained(folder)
+    make_model(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.02)).save_pretrained(folder)
+    (folder / "book.txt").write_text(text)
+    said = [("user", text[at : at + 400], "assistant", text[at + 400 : at + 900]) for at in range(0, 9000, 900)]
+    rows = [{"messages": [{"role": a, "content": b}, {"role": c, "content": d}]} for a, b, c, d in said]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def run(*words, processes: str = "") -> str:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FPDT_CHUNK_SIZE": "48"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    launcher = [sys.executable]
+    if processes:
+        config = str(ROOT / "accelerate_configs" / f"{processes}.yaml")
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    command = [*launcher, *map(str, words)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("how", [["--packing"], ["--per_device_train_batch_size", "2"]], ids=str)
+def test_sft_with_adapters(how, checkpoint, tmp_path):
+    """Packed, and padded; the adapter that is saved loads, and was trained."""
+    from peft import PeftModel
+
+    words = ["--model_name_or_path", checkpoint, "--train_file", checkpoint / "chats.jsonl", "--output_dir", tmp_path]
+    words += ["--max_length", "512", "--max_steps", "3", "--use_cpu", "--bf16", "false", "--report_to", "none"]
+    words += ["--logging_steps", "1", "--save_strategy", "no", "--learning_rate", "0.01", "--per_device_train_batch_size", "1"]
+    out = run(ROOT / "examples" / "sft_lora_trl.py", *words, *how)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", out)]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert "fpdt/tokens_per_s_per_gpu" in out
+    model = PeftModel.from_pretrained(make_model(tiny_llama(vocab_size=300)), tmp_path)
+    assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_loop_on_one_and_on_two_processes(checkpoint, tmp_path):
+    """The same losses and weights, with the sequences shared under ZeRO-3."""
+    words = [ROOT / "examples" / "accelerate_loop.py", "--model", checkpoint, "--train_file", checkpoint / "book.txt"]
+    words += ["--seq_len", "200", "--steps", "3", "--gradient_accumulation_steps", "2", "--dtype", "float32"]
+    words += ["--learning_rate", "0.001", "--output_dir"]
+    alone = run(*words, tmp_path / "one")
+    both = run(*words, tmp_path / "two", processes="fpdt_zero3_2cpu")
+    losses = [[float(loss) for loss in re.findall(r"step \d: loss ([\d.]+)", out)] for out in (alone, both)]
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    from transformers import AutoModelForCausalLM
+
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(two[name], weight, atol=2e-4) for name, weight in one.items())
