@@ -64,6 +64,12 @@ class StepTrace:
         self._profiler = profile(activities=activities)
         self._profiler.start()
 
+    def drop(self) -> None:
+        """Stops without a file: the training broke off in that step."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
     def end(self, device: torch.device) -> bool:
         """Writes the file, if a step was begun. The host waits for the GPU: the step is to be in it to its end."""
         if self._profiler is None:

@@ -49,7 +49,9 @@ class Watch(TrainerCallback):
         self._named, self._steps = False, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._forget()
+        self._forget()  # an earlier training may have broken off
+        if self._trace is not None:
+            self._trace.drop()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self._works is None:

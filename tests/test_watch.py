@@ -19,8 +19,10 @@ from torch.utils.data import SequentialSampler
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from benchmarks import point
+from benchmarks.shapes import llama_config, step_flops
 from hf_fpdt import FPDTConfig, apply_fpdt, restore, watch
-from hf_fpdt.flops import matrix_flops, training_flops
+from hf_fpdt.flops import PEAK_BF16, matrix_flops, training_flops
 from hf_fpdt.plugin import resolve_settings
 from hf_fpdt.transfers import transfers_for
 from hf_fpdt.watch import TOKENS_PER_S, Watch
@@ -333,6 +335,36 @@ def test_matrix_products_of_experts():
     weights = 4 * 16 * 16 + 4 * 16 + 2 * 3 * 16 * 24 + 16 * VOCAB  # attention, router, two experts, head
     assert training_flops([(model, 0, 0), (model.model, 5, 0)]) == 6 * 5 * weights
     assert matrix_flops(model) != matrix_flops(model), "not known without the number of experts"
+
+
+@pytest.mark.parametrize(("documents", "window", "lora"), [(1, 0, False), (4, 0, False), (1, 24, False), (1, 0, True)])
+def test_the_benchmarks_count_alike(documents, window, lora):
+    """`benchmarks/shapes.py` counts from the configuration, half a query less a document, and no adapters."""
+    config, seq_len = llama_config("tiny", 2, window), 512
+    model = make_streamed(config, 128).requires_grad_(not lora)
+    batch = make_batch(1, seq_len)
+    batch["position_ids"] = torch.arange(seq_len // documents).repeat(documents)[None]
+    counted = attention_of(model, batch) if not lora else 2 * 6 * seq_len * (seq_len + 1) // 2 * 4 * 2 * 16
+    want = step_flops(config, seq_len, frozen=lora, documents=documents, window=window)
+    half_a_query = 2 * 3 * 4 * seq_len * 4 * 16 / 2
+    less = half_a_query if not window else 2 * 3 * 4 * window / 2 * 4 * 16
+    assert training_flops([(model, 0, 0), (model.model, seq_len, counted)]) == pytest.approx(want + less, rel=1e-12)
+    assert point.PEAK_BF16.items() <= PEAK_BF16.items()
+
+
+def test_a_training_that_broke_off_in_the_traced_step(tmp_path, clock):
+    class Break(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not broken:
+                broken.append(True)
+                raise RuntimeError("out of memory")
+
+    broken = []
+    trainer = make_trainer(make_streamed(tiny_llama(), 16), tmp_path, callbacks=[Watch(trace=tmp_path / "trace.json"), Break()])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.train()
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 def test_packed_weights_count_as_what_they_are():
