@@ -57,7 +57,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation="fpdt", dtype=arguments.dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
     scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
-    loader = DataLoader(sequences(arguments), batch_size=1, shuffle=True, collate_fn=default_data_collator)
+    order = torch.Generator().manual_seed(0)
+    loader = DataLoader(sequences(arguments), batch_size=1, shuffle=True, generator=order, collate_fn=default_data_collator)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
     step, losses = 0, []

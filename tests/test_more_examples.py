@@ -86,3 +86,18 @@ def test_a_loop_on_one_and_on_two_processes(checkpoint, tmp_path):
 
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     assert all(torch.allclose(two[name], weight, atol=2e-4) for name, weight in one.items())
+
+
+def test_the_sft_script_of_trl(checkpoint, tmp_path):
+    """Which does not import hf_fpdt, started through it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(checkpoint / "chats.jsonl", data / "train.jsonl")
+    words = ["-m", "hf_fpdt.run", "-m", "trl.scripts.sft", "--model_name_or_path", checkpoint, "--dataset_name", data]
+    words += ["--attn_implementation", "fpdt", "--dtype", "float32", "--use_peft", "--lora_target_modules", "all-linear"]
+    words += ["--output_dir", tmp_path / "out", "--max_length", "512", "--packing", "--max_steps", "2", "--logging_steps", "1"]
+    words += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no", "--eval_strategy", "no"]
+    out = run(*words, "--per_device_train_batch_size", "1")
+    assert out.count("'loss'") == 2
+    assert "fpdt/tokens_per_s_per_gpu" in out
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
