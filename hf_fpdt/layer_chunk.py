@@ -243,6 +243,7 @@ class BackwardChunk(Chunk):
                 queries = [coming.get().contiguous() for coming in queries]
             out = exchange.join_heads(groups, self._returning)
         attended = [(own_query, *found) for own_query, found in zip(queries, self._found, strict=True)]
+        self._found = self._returning = []  # the graph has them, as long as it needs them
         return _SavedAttention.apply(query, key, value, how.sinks, out, attended, self, how)
 
     def _fetch(self) -> None:
