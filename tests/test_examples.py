@@ -104,6 +104,20 @@ def test_the_check_of_the_losses(monkeypatch, losses, message):
             check_learned(run)
 
 
+def test_a_checkpoint_is_continued_at_four_times_its_length(directory, llama):
+    """With YaRN, as the command line of the examples has it: learns like sdpa, and the saved model knows its new length."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SEQ_LEN, "rope_theta": 10000.0}
+    overrides = json.dumps({"max_position_embeddings": 4 * SEQ_LEN, "rope_parameters": rope})
+    options = ("--model_name_or_path", str(directory / "llama"), "--config_overrides", overrides, "--seq_len", str(4 * SEQ_LEN))
+    result = finetune(directory, "longer", *options, "--learning_rate", "3e-3", "--compare_with", "sdpa")
+    assert result.returncode == 0, result.stderr
+    assert "the model was made for" not in result.stderr + result.stdout
+    assert_same_losses(directory, "longer")
+    config = json.loads((directory / "longer" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 4 * SEQ_LEN
+    assert config["rope_parameters"]["rope_type"] == "yarn"
+
+
 def test_sequences_longer_than_every_document_are_refused(directory):
     result = finetune(directory, "refused", "--seq_len", "1000000")
     assert result.returncode != 0
