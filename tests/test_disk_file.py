@@ -616,7 +616,7 @@ class Gate:
 
 class GatedTransfers(CpuTransfers):
     def __init__(self, arena):
-        self.arena, self.gates = arena, []
+        self.arena, self.gates, self.moved_bytes = arena, [], 0
 
     def copy_to_host(self, tensor, host):
         super().copy_to_host(tensor, host)

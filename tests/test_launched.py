@@ -94,13 +94,15 @@ def reference(
     return log, model.state_dict()
 
 
-def check(folder: Path, result: subprocess.CompletedProcess, want_log, want_weights, norms: bool = True, size: int = 2):
-    """Of groups of `size` processes."""
+def check(
+    folder: Path, result: subprocess.CompletedProcess, want_log, want_weights, norms: bool = True, size: int = 2, watched=True
+):
+    """Of groups of `size` processes; `watched` by Trainer's callback."""
     assert result.returncode == 0, result.stderr[-6000:]
     log = json.loads((folder / "log.json").read_text())
     assert log[-1]["tokens"] == -(-46 // size)
     log = [entry for entry in log if "loss" in entry]
-    assert all(entry["fpdt/tokens_per_s_per_gpu"] > 0 for entry in log)
+    assert not watched or all(entry["fpdt/tokens_per_s_per_gpu"] > 0 for entry in log)
     assert [entry["loss"] for entry in log] == pytest.approx([loss for loss, _ in want_log], rel=1e-5)
     if norms:
         assert [entry["grad_norm"] for entry in log] == pytest.approx([norm for _, norm in want_log], rel=1e-5)
