@@ -682,10 +682,12 @@ def test_an_interrupted_get_leaves_everything_usable(cpu, file, monkeypatch):
         while not interrupted.wait(0.5):  # again, if the first came while Python ran a finalizer, which ignores it
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         kept.get()
     interrupted.set()
+    signal.signal(signal.SIGINT, handler)
     other = DiskCopy(cpu, file, torch.ones(7))
     dropped = DiskCopy(cpu, file, torch.ones(7))
     dropped.prefetch()
