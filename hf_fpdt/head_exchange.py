@@ -40,6 +40,7 @@ _logger = logging.getLogger(__name__)
 FAST_LINK = 100e9  # bytes a second and process
 _MAX_GROUPS = 4
 _PROBE_BYTES = 1 << 25
+_most_groups: dict[tuple[int, ...], int] = {}  # by the ranks of a process group
 
 
 class Arriving:
@@ -113,11 +114,17 @@ class HeadExchange:
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self._on_gpus = "nccl" in str(dist.get_backend_config(group))  # between CPUs nothing is won by not waiting
 
     @property
     def most_groups(self) -> int:
         """In how many groups the heads of a rank go at most. Collective at the first call for a process group."""
-        return _most_groups(self.group)
+        if not self._on_gpus:
+            return _MAX_GROUPS
+        ranks = tuple(dist.get_process_group_ranks(self.group))
+        if ranks not in _most_groups:  # nothing here refers to the group, which must go when its owner ends it
+            _most_groups[ranks] = _groups_over(_link_rate(self.group))
+        return _most_groups[ranks]
 
     def own_heads(self, heads: int) -> slice:
         """Which of the query heads this rank attends with."""
@@ -214,7 +221,8 @@ class HeadExchange:
 
     def _all_to_all(self, sent: Tensor, unpack: Callable[[Tensor], Any]) -> Arriving:
         got = torch.empty_like(sent)
-        return Arriving(got, sent, dist.all_to_all_single(got, sent, group=self.group, async_op=True), unpack)
+        work = dist.all_to_all_single(got, sent, group=self.group, async_op=self._on_gpus)
+        return Arriving(got, sent, work, unpack)
 
 
 class MeasuredExchange(HeadExchange):
@@ -249,12 +257,8 @@ def _groups(heads: int, kv_heads: int, size: int, most: int) -> tuple[HeadGroup,
     return HeadSplit(heads, kv_heads, size).groups(most)
 
 
-@lru_cache
-def _most_groups(group: dist.ProcessGroup) -> int:
-    """One if the link is fast. Collective in the group, which then agrees."""
-    if "nccl" not in str(dist.get_backend_config(group)):
-        return _MAX_GROUPS
-    rate = _link_rate(group)
+def _groups_over(rate: float) -> int:
+    """At most, over a link of so many bytes a second; the same on all ranks, which have measured it together."""
     found = 1 if rate >= FAST_LINK else _MAX_GROUPS
     _logger.info(
         "hf_fpdt: %.0f GB/s between the processes of a sequence: heads exchanged in up to %d groups", rate / 1e9, found
