@@ -64,6 +64,7 @@ SIZES = {
 LEARNING_RATE = {"cpu": 4e-3, "cuda": 1e-3}  # of a new model
 LEARNING_RATE_CHECKPOINT = 2e-5
 MAX_STEPS = 24
+ROPE_KEPT = ("rope_theta", "partial_rotary_factor")
 
 
 @dataclass
@@ -214,6 +215,8 @@ def load_model(
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
         for name, value in parse_overrides(model_args.config_overrides, config).items():
+            if name == "rope_parameters":  # what the checkpoint was trained with stays, where it is not named
+                value = {key: config.rope_parameters[key] for key in ROPE_KEPT if key in config.rope_parameters} | value
             setattr(config, name, value)
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, config=config, attn_implementation=implementation, **{"dtype": "auto"} | dtype

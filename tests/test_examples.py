@@ -66,10 +66,14 @@ def test_llama_learns_like_sdpa(directory, llama):
     assert "largest difference" in llama.stdout
 
 
-def test_gpt_neox_learns_like_sdpa_with_checkpointing_and_accumulation(directory):
+@pytest.fixture(scope="module")
+def neox(directory):
     options = ("--model_type", "gpt_neox", "--gradient_checkpointing", "true", "--gradient_accumulation_steps", "2")
-    result = finetune(directory, "neox", "--compare_with", "sdpa", "--chunk_size", str(CHUNK), *options)
-    assert result.returncode == 0, result.stderr
+    return finetune(directory, "neox", "--compare_with", "sdpa", "--chunk_size", str(CHUNK), *options)
+
+
+def test_gpt_neox_learns_like_sdpa_with_checkpointing_and_accumulation(directory, neox):
+    assert neox.returncode == 0, neox.stderr
     assert_same_losses(directory, "neox")
 
 
@@ -104,18 +108,22 @@ def test_the_check_of_the_losses(monkeypatch, losses, message):
             check_learned(run)
 
 
-def test_a_checkpoint_is_continued_at_four_times_its_length(directory, llama):
-    """With YaRN, as the command line of the examples has it: learns like sdpa, and the saved model knows its new length."""
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SEQ_LEN, "rope_theta": 10000.0}
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_a_checkpoint_is_continued_at_four_times_its_length(name, directory, request):
+    """With YaRN, as the command line of the examples has it: learns like sdpa, and keeps what it was trained with."""
+    assert request.getfixturevalue(name).returncode == 0
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SEQ_LEN}
     overrides = json.dumps({"max_position_embeddings": 4 * SEQ_LEN, "rope_parameters": rope})
-    options = ("--model_name_or_path", str(directory / "llama"), "--config_overrides", overrides, "--seq_len", str(4 * SEQ_LEN))
-    result = finetune(directory, "longer", *options, "--learning_rate", "3e-3", "--compare_with", "sdpa")
+    options = ("--model_name_or_path", str(directory / name), "--config_overrides", overrides, "--seq_len", str(4 * SEQ_LEN))
+    output = f"longer {name}"
+    result = finetune(directory, output, *options, "--learning_rate", "3e-3", "--compare_with", "sdpa")
     assert result.returncode == 0, result.stderr
     assert "the model was made for" not in result.stderr + result.stdout
-    assert_same_losses(directory, "longer")
-    config = json.loads((directory / "longer" / "config.json").read_text())
-    assert config["max_position_embeddings"] == 4 * SEQ_LEN
-    assert config["rope_parameters"]["rope_type"] == "yarn"
+    assert_same_losses(directory, output)
+    before, after = (json.loads((directory / folder / "config.json").read_text()) for folder in (name, output))
+    assert after["max_position_embeddings"] == 4 * SEQ_LEN
+    assert after["rope_parameters"] == before["rope_parameters"] | rope
+    assert ("partial_rotary_factor" in after["rope_parameters"]) == (name == "neox")
 
 
 def test_sequences_longer_than_every_document_are_refused(directory):
