@@ -49,7 +49,9 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: only that one")
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
-    parser.add_argument("--zero", default="{}", help="DeepSpeed's zero_optimization as JSON, or a list of such: a row for each")
+    parser.add_argument(
+        "--zero", default="{}", help="DeepSpeed's zero_optimization as JSON, or a list, as above; ring has none"
+    )
     parser.add_argument("--trace", action="store_true", help="profile one more step")
     parser.add_argument(
         "--time-limit", type=float, metavar="S", help="points not started by then are not run, one running ends"

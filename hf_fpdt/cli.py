@@ -38,6 +38,9 @@ def main(words: list[str] | None = None) -> int:
     except (DeviceMemoryError, HostMemoryError) as error:
         print(f"hf-fpdt: it does not fit. {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        print(f"hf-fpdt: {error}. --lora needs peft, and --plot matplotlib: pip install them.", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"hf-fpdt: {error}", file=sys.stderr)
         return 2
@@ -62,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--batch-size", type=int, default=1, help="sequences of a step (default: 1)")
     one.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     one.add_argument("--lora", type=int, metavar="RANK", help="adapters of this rank, everything else frozen; needs peft")
-    one.add_argument("--lora-targets", default="all-linear", help="modules with adapters, by commas (default: all-linear)")
+    one.add_argument("--lora-targets", help="modules with adapters, by commas (default: all-linear)")
     one.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="80GiB, 141GB, ... (default: this machine's GPU)")
     one.add_argument("--host-memory", type=_size, metavar="SIZE", help="(default: what this machine can give)")
     one.add_argument("--chunk-size", type=int, help="tokens of a chunk (default: chosen)")
@@ -87,9 +90,10 @@ def _env(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     config, model = _settings(args), _model(args)
-    found = longest(model, args.batch_size, config) if args.longest else None
-    if found is None:
-        found = plan(model, seq_len=args.seq_len or 2048, batch_size=args.batch_size, config=config)
+    if args.longest:
+        found = longest(model, args.batch_size, config)
+    else:
+        found = plan(model, seq_len=args.seq_len, batch_size=args.batch_size, config=config)
     if args.json:
         print(json.dumps(as_json(found), indent=2))
     else:
@@ -120,11 +124,13 @@ def _settings(args: argparse.Namespace) -> FPDTConfig:
 
 def _model(args: argparse.Namespace) -> nn.Module:
     """Without weights: on the meta device."""
+    if args.lora is None and args.lora_targets is not None:
+        raise ValueError(f"--lora-targets {args.lora_targets} without --lora: name the rank of the adapters, as in --lora 16.")
     config = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=_DTYPES[args.dtype])
         if args.lora is not None:
-            model = _with_adapters(model, args.lora, args.lora_targets)
+            model = _with_adapters(model, args.lora, args.lora_targets or "all-linear")
     return model.train()
 
 

@@ -30,8 +30,12 @@ def report() -> list[tuple[str, str]]:
         ("processors", str(os.cpu_count())),
         *_host_memory(),
         *_gpus(),
-        *((name, os.environ[name]) for name in sorted(os.environ) if name.startswith("FPDT_")),
+        *((name, _without_path(os.environ[name])) for name in sorted(os.environ) if name.startswith("FPDT_")),
     ]
+
+
+def _without_path(value: str) -> str:
+    return "(a path)" if os.sep in value else value
 
 
 def _version(package: str) -> str:

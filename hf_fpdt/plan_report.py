@@ -39,16 +39,21 @@ def fitting(model: nn.Module, seq_len: int, batch_size: int, config: FPDTConfig)
         return None
 
 
-def longest(model: nn.Module, batch_size: int, config: FPDTConfig) -> Plan | None:
-    """The plan for the longest sequences that fit, to 1,024 tokens; None if not even 2,048 do."""
-    best, too_long = fitting(model, _SHORTEST, batch_size, config), _LONGEST
-    while best is not None and 2 * best.seq_len <= _LONGEST:
+def longest(model: nn.Module, batch_size: int, config: FPDTConfig) -> Plan:
+    """
+    The plan for the longest sequences that fit, to 1,024 tokens.
+
+    Raises:
+        DeviceMemoryError, HostMemoryError: if not even 2,048 tokens do.
+    """
+    best, too_long = plan(model, seq_len=_SHORTEST, batch_size=batch_size, config=config), _LONGEST
+    while 2 * best.seq_len <= _LONGEST:
         found = fitting(model, 2 * best.seq_len, batch_size, config)
         if found is None:
             too_long = 2 * best.seq_len
             break
         best = found
-    while best is not None and too_long - best.seq_len > _STEP:
+    while too_long - best.seq_len > _STEP:
         middle = (best.seq_len + too_long) // 2 // _STEP * _STEP
         found = fitting(model, middle, batch_size, config)
         best, too_long = (best, middle) if found is None else (found, too_long)

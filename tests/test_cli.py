@@ -105,6 +105,8 @@ def test_the_picture(folder, capsys, tmp_path, monkeypatch):
     [
         (["--seq-len", "8192", "--gpu-memory", "10MiB"], 1, "it does not fit. A step needs .* GiB of device memory"),
         (["--longest", "--gpu-memory", "10MiB"], 1, "it does not fit"),
+        (["--seq-len", "0", "--gpu-memory", "1"], 2, "seq_len must be a whole number, at least 2"),
+        (["--seq-len", "8192", "--gpu-memory", "1", "--lora-targets", "q_proj"], 2, "--lora-targets q_proj without --lora"),
         (["--seq-len", "1", "--gpu-memory", "1"], 2, "seq_len must be a whole number, at least 2"),
         (["--seq-len", "8192", "--gpu-memory", "1", "--kernel", "fast"], 2, "kernel"),
         (["--seq-len", "8192", "--gpu-memory", "1", "--offload", "disk"], 2, "disk_folder"),
@@ -132,6 +134,15 @@ def test_sizes(text, size):
     assert cli._size(text) == size
 
 
+@pytest.mark.parametrize(("package", "words"), [("peft", ["--lora", "4"]), ("matplotlib.figure", ["--plot", "memory.png"])])
+def test_a_package_that_is_not_there(package, words, folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    status, _, error = run(capsys, "plan", folder, "--seq-len", 8192, "--gpu-memory", 1, *words)
+    assert status == 2
+    assert "--lora needs peft, and --plot matplotlib" in error
+
+
 def test_no_such_model(capsys, tmp_path):
     status, _, error = run(capsys, "plan", tmp_path / "none", "--seq-len", 8192, "--gpu-memory", 1)
     assert status == 2
@@ -140,6 +151,7 @@ def test_no_such_model(capsys, tmp_path):
 
 def test_the_report_of_a_machine(capsys, monkeypatch):
     monkeypatch.setenv("FPDT_CHUNK_SIZE", "4096")
+    monkeypatch.setenv("FPDT_DISK_FOLDER", "/somebody/fast")
     status, text, _ = run(capsys, "env")
     lines = dict(line.split("  ", 1) for line in text.splitlines())
     lines = {what.strip(): value.strip() for what, value in lines.items()}
@@ -147,6 +159,7 @@ def test_the_report_of_a_machine(capsys, monkeypatch):
     assert lines["hf-fpdt"] == hf_fpdt.__version__
     assert lines["torch"] == torch.__version__
     assert lines["FPDT_CHUNK_SIZE"] == "4096"
+    assert lines["FPDT_DISK_FOLDER"] == "(a path)"
     assert str(Path.home()) not in text
 
 
