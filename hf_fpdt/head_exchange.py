@@ -25,7 +25,7 @@ methods in the same order with the same shapes.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ class HeadExchange:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self._on_gpus = "nccl" in str(dist.get_backend_config(group))  # between CPUs nothing is won by not waiting
 
-    @property
+    @cached_property
     def most_groups(self) -> int:
         """In how many groups the heads of a rank go at most. Collective at the first call for a process group."""
         if not self._on_gpus:
@@ -227,8 +227,6 @@ class HeadExchange:
 
 class MeasuredExchange(HeadExchange):
     """The same shapes and allocations without communication, for one rank of a group that is measured by itself."""
-
-    most_groups = _MAX_GROUPS
 
     def __init__(self, size: int, rank: int, most_groups: int = _MAX_GROUPS):
         self.group, self.size, self.rank, self.most_groups = None, size, rank, most_groups
