@@ -53,6 +53,8 @@ class StreamedPass:
         self.spans, self.store_spans = plan.layout.local_spans, plan.layout.spans
         documents = Documents.whole(plan.batch_size, plan.seq_len) if documents is None else documents
         self.segments = cache(partial(documents.segments, self.store_spans))  # no method: layers must not refer to the pass
+        segments = self.segments
+        self._pairs = cache(lambda window: [sum(one.pairs(window) for one in chunk) for chunk in segments(window)])
         self.last_saved: SavedLayer | None = None
         self._documents, self._layers_run = documents, 0
 
@@ -79,8 +81,7 @@ class StreamedPass:
     def count_attention(self, chunk: Chunk, query: Tensor, value: Tensor, window: int | None) -> None:
         """A chunk `[batch, chunk, heads, dim]` has attended; every process of a group does its part of the heads."""
         if self.work is not None:
-            pairs = sum(segment.pairs(window) for segment in self.segments(window)[chunk.index])
-            flops = attention_flops(pairs, query.shape[2], query.shape[3], value.shape[3])
+            flops = attention_flops(self._pairs(window)[chunk.index], query.shape[2], query.shape[3], value.shape[3])
             self.work.attention_flops += flops // self.exchange.size
             self.work.kernels[chunk.kernel_name] = None
 
