@@ -10,6 +10,7 @@ one's own have no callback: for them `Accelerator.prepare` is wrapped, and share
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -44,6 +45,7 @@ from .step_trace import say_if_unused
 from .trainer_import import watch_trainers
 
 _SHARES = "_fpdt_shares_sequences"
+_GLOO_ENDS = 0.2  # seconds
 
 
 def enable() -> None:
@@ -52,12 +54,24 @@ def enable() -> None:
         transformers.trainer.DEFAULT_CALLBACKS.append(FPDTCallback)
         transformers.trainer.skip_first_batches = skip_first_batches
     watch_trainers()  # a model of another attention may be streamed when Trainer is made already
+    atexit.unregister(_let_gloo_end)
+    atexit.register(_let_gloo_end)
     if TRACE in os.environ:
         atexit.unregister(say_if_unused)
         atexit.register(say_if_unused)
     if not hasattr(Accelerator.prepare, _SHARES):
         Accelerator.prepare = _sharing(Accelerator.prepare)
         accelerate.accelerator.skip_first_batches = skip_first_batches  # behind the method of this name
+
+
+def _let_gloo_end() -> None:
+    """
+    A thread of gloo lets go of a collective's tensors just after the collective has returned, and needs Python's lock for it.
+    One that gets there when the interpreter is ending aborts the process, trained and saved as its model is: PyTorch 2.13 has
+    this, where a collective is about the last act. A moment without the lock is all that it takes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(_GLOO_ENDS)
 
 
 class FPDTCallback(TrainerCallback):

@@ -54,7 +54,9 @@ def losses_of(*words, config: str = "") -> list[float]:
     environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     launcher = [sys.executable]
-    if config:
+    if not config:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    else:
         path = str(ROOT / "accelerate_configs" / f"{config}.yaml")
         launcher += ["-m", "accelerate.commands.launch", "--config_file", path, "--main_process_port", "0"]
     done = subprocess.run([*launcher, *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -71,7 +73,7 @@ def on_gpus(count: int) -> str:
     return f"fpdt_zero3_{count}gpu" if count > 1 else ""
 
 
-TRAINING = ["--max_steps", "6", "--logging_steps", "1", "--report_to", "none", "--save_strategy", "no", "--bf16"]
+TRAINING = ["--max_steps", "6", "--logging_steps", "1", "--report_to", "none", "--save_strategy", "no", "--bf16", "true"]
 TRAINING += ["--per_device_train_batch_size", "1", "--lr_scheduler_type", "constant"]
 
 
