@@ -7,6 +7,7 @@ launching on several GPUs trains something else.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def launch(
     common += f" --ddp_backend {backend}" if backend else ""
     command = [sys.executable, *start.split(), *words, *common.split()]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": str(chunk_size), "PYTHONPATH": PATH}
+    variables["KILLED_IN"] = "1"
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT | variables, cwd=ROOT)
 
 
@@ -182,21 +184,76 @@ def test_fsdp2_gathers_a_layer_once_a_pass(checkpoints, tmp_path):
     assert int(counts[0][0]) >= STEPS * (2 * 2 + 1)
 
 
+def trained(folder: Path, result: subprocess.CompletedProcess):
+    """Losses, gradient norms and weights of a run."""
+    assert result.returncode == 0, result.stderr[-6000:]
+    log = [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return [(entry["loss"], entry["grad_norm"]) for entry in log], weights
+
+
 def test_fsdp2_resumes_in_the_middle_of_an_epoch(checkpoints, tmp_path):
     config = of_gpus("fsdp2", tmp_path, groups=1, size=2)
     words = [*ON_CPU, "--model", str(checkpoints / "llama"), "--save_strategy", "steps", "--save_steps", "1"]
     runs = []
     for name, more in (("out", []), ("again", ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")])):
         result = launch(config, words + more, tmp_path / name, backend=None, optimizer="adamw_torch")
-        assert result.returncode == 0, result.stderr[-6000:]
-        log = [entry for entry in json.loads((tmp_path / name / "log.json").read_text()) if "loss" in entry]
-        weights = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
-        runs.append(([(entry["loss"], entry["grad_norm"]) for entry in log], weights))
+        runs.append(trained(tmp_path / name, result))
     (log, weights), (log_again, weights_again) = runs
     assert log == log_again
     assert len(log) == STEPS
     for name, want in weights.items():
         assert torch.equal(weights_again[name], want), name
+
+
+@pytest.mark.slow
+def test_fsdp2_killed_in_a_step_resumes_as_if_it_was_not(checkpoints, tmp_path):
+    """In the middle of an epoch, with the states of AdamW: to the last bit."""
+    config = of_gpus("fsdp2", tmp_path, groups=1, size=2)
+    words = ["--model", str(checkpoints / "llama"), "--save_strategy", "steps", "--save_steps", "1"]
+    more = {"backend": None, "optimizer": "adamw_torch"}
+    want_log, want = trained(tmp_path / "whole", launch(config, [*ON_CPU, *words], tmp_path / "whole", **more))
+    assert len(want_log) == STEPS
+    killed = ["-m", "hf_fpdt.run", "tests/launched/killed.py", "--use_cpu", "true"]
+    result = launch(config, killed + words, tmp_path / "out", **more)
+    assert result.returncode != 0
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
+    words += ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")]
+    log, weights = trained(tmp_path / "out", launch(config, [*ON_CPU, *words], tmp_path / "out", **more))
+    assert log == want_log
+    for name, value in want.items():
+        assert torch.equal(weights[name], value), name
+
+
+def alone(script: str, words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """A script in one process, five steps of AdamW with checkpoints after the second and the fourth."""
+    common = (
+        f"--output_dir {folder} --attn_implementation fpdt --max_steps 5 --save_strategy steps --save_steps 2 --num_samples 8"
+    )
+    common += " --per_device_train_batch_size 2 --optim adamw_torch --learning_rate 0.05 --lr_scheduler_type linear"
+    common += " --logging_steps 1 --report_to none --disable_tqdm true --use_cpu true"
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": "14", "PYTHONPATH": PATH, "KILLED_IN": "3"}
+    command = [sys.executable, "-m", "hf_fpdt.run", f"tests/launched/{script}.py", *words, *common.split()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT | variables, cwd=ROOT)
+
+
+def test_one_process_killed_between_checkpoints_resumes_as_if_it_was_not(tmp_path):
+    """With dropout, in the middle of an epoch: the random numbers and the order of the samples go on as well."""
+    # Tied: Trainer resumes no output layer of GPT-NeoX (docs/troubleshooting.md).
+    make_model(tiny_neox(hidden_dropout=0.1, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model")]
+    want_log, want = trained(tmp_path / "whole", alone("train", words, tmp_path / "whole"))
+    assert len(want_log) == 5
+    assert want_log[-1][0] < want_log[0][0]
+    assert alone("killed", words, tmp_path / "out").returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    words += ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")]
+    log, weights = trained(tmp_path / "out", alone("train", words, tmp_path / "out"))
+    for step, values in enumerate(want_log):
+        assert log[step] == pytest.approx(values, rel=1e-6), step
+    for name, value in want.items():
+        assert (weights[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
 
 
 def test_processes_that_do_not_know_of_each_other(checkpoints, tmp_path):
