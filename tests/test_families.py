@@ -235,10 +235,16 @@ def test_rotary_tables_are_those_of_the_whole_sequence(kind):
     if kind in ("yarn", "longrope", "llama3"):
         rope, length = rope | {"original_max_position_embeddings": SHORT}, 4 * SHORT
     config, batch = tiny_llama(max_position_embeddings=length, rope_parameters=rope), make_batch(2, 47)
-    want, want_grads = loss_and_gradients(make_model(config, "eager"), batch)
+    eager = make_model(config, "eager")
+    want, want_grads = loss_and_gradients(eager, batch)
     plain, _ = loss_and_gradients(make_model(tiny_llama(), "eager"), batch)
     assert abs(plain - want) > 1e-4 * want  # it makes a difference
+    with torch.no_grad():
+        logits = eager(batch["input_ids"]).logits
     for chunk in (10, 64):
+        with torch.no_grad():
+            seen = make_streamed(config, chunk)(batch["input_ids"]).logits
+        assert (seen - logits).abs().max() <= 1e-5 * logits.abs().max()
         got, grads = loss_and_gradients(make_streamed(config, chunk), batch)
         assert abs(got - want) <= 2e-6 * want
         assert_gradients_close(grads, want_grads)

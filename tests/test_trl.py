@@ -1,6 +1,6 @@
 """
-TRL's SFTTrainer, unmodified: the losses of twenty steps are those of "sdpa". A failure means a finetuning run that learns
-something else under "fpdt", in one of the ways in which TRL makes batches and losses.
+TRL's SFTTrainer and DPOTrainer, unmodified: the losses of twenty and of five steps are those of "sdpa". A failure means a
+finetuning run that learns something else under "fpdt", in one of the ways in which TRL makes batches and losses.
 """
 
 import os
@@ -101,3 +101,47 @@ def test_losses_are_those_of_sdpa(case, texts, tokenizer, tmp_path, monkeypatch)
     assert len(chunks) == layers * batches
     assert max(chunks) >= 2
     assert all(torch.isfinite(torch.tensor(got)))
+
+
+def preferences(implementation: str, texts, tokenizer, folder: Path, lora: bool, **options):
+    """Loss and gradient norm of five steps of DPO; rejected answers are shorter than chosen ones, by ever other lengths."""
+    transformers.set_seed(0)
+    answers = [(text[:120], text[120:250], text[250 : 280 + 5 * (index % 20)]) for index, text in enumerate(texts)]
+    data = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), parts, strict=True)) for parts in answers])
+    config = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model, start = (make_model(config, implementation) for _ in range(2))
+    for each in (model, start) if implementation == "fpdt" else ():
+        apply_fpdt(each, FPDTConfig(chunk_size=25))
+    settings = trl.DPOConfig(
+        str(folder), max_steps=5, per_device_train_batch_size=2, learning_rate=2e-3, report_to="none", logging_steps=1,
+        use_cpu=True, save_strategy="no", disable_tqdm=True, max_length=256, bf16=False, gradient_checkpointing=False,
+        **options,
+    )  # fmt: skip
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear") if lora else None
+    trainer = trl.DPOTrainer(
+        model, None if lora else start, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=adapter
+    )
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_preferences_are_learnt_as_with_sdpa(lora, precomputed, texts, tokenizer, tmp_path, monkeypatch):
+    """The reference is a model of its own, or the model without its adapter; computed in every step, or before them."""
+    chunks, stream = [], streamed_pass.stream_layer
+
+    def counted(call, *args):
+        chunks.append(len(call.spans))
+        return stream(call, *args)
+
+    options = {"lora": lora, "precompute_ref_log_probs": precomputed}
+    want = preferences("sdpa", texts, tokenizer, tmp_path, **options)
+    monkeypatch.setattr(streamed_pass, "stream_layer", counted)
+    got = preferences("fpdt", texts, tokenizer, tmp_path, **options)
+    assert len(got) == len(want) == 5
+    for step, values in enumerate(want):
+        assert got[step] == pytest.approx(values, rel=1e-5), step
+    assert want[0][0] != pytest.approx(want[-1][0], rel=0.01)
+    assert len(chunks) >= 2 * 2 * 5
+    assert max(chunks) >= 3
