@@ -103,6 +103,10 @@ def test_losses_are_those_of_sdpa(case, texts, tokenizer, tmp_path, monkeypatch)
     assert all(torch.isfinite(torch.tensor(got)))
 
 
+def _no_logits(head, args):
+    raise AssertionError("the logits of a whole sequence")
+
+
 def preferences(implementation: str, texts, tokenizer, folder: Path, lora: bool, **options):
     """Loss and gradient norm of five steps of DPO; rejected answers are shorter than chosen ones, by ever other lengths."""
     transformers.set_seed(0)
@@ -112,6 +116,7 @@ def preferences(implementation: str, texts, tokenizer, folder: Path, lora: bool,
     model, start = (make_model(config, implementation) for _ in range(2))
     for each in (model, start) if implementation == "fpdt" else ():
         apply_fpdt(each, FPDTConfig(chunk_size=25))
+        each.get_output_embeddings().register_forward_pre_hook(_no_logits)
     settings = trl.DPOConfig(
         str(folder), max_steps=5, per_device_train_batch_size=2, learning_rate=2e-3, report_to="none", logging_steps=1,
         use_cpu=True, save_strategy="no", disable_tqdm=True, max_length=256, bf16=False, gradient_checkpointing=False,
