@@ -16,16 +16,13 @@ import json
 import tempfile
 from pathlib import Path
 
+from hf_fpdt.timeline import Interval, clip, draw, read_lanes, read_trace, span, summary
+
 from .result_files import header
 
-COPIES = {"Memcpy DtoH": "to host", "Memcpy HtoD": "to device"}
-LANES = ("compute", *COPIES.values())
 MARK = "layer mark: "  # see marks_of and _mark_layers
 # By default few layers would all stay on the GPU, and nothing would be copied.
 SETTINGS = '{"offload": "host", "recompute": true}'
-_LEAST_COPY = 1 << 20  # bytes
-Interval = tuple[float, float]
-Lanes = dict[str, list[Interval]]
 
 
 def main():
@@ -45,9 +42,9 @@ def main():
         parser.error(f"--layer {layer}: the marks of the layer below are needed, so 1 to {args.layers - 1} (--layers - 1).")
     with tempfile.TemporaryDirectory() as folder:
         path = args.trace or profile_step(args, Path(args.keep_trace or Path(folder) / "trace.json"))
-        trace = json.loads(Path(path).read_text())
+        trace = read_trace(path)
     lanes = read_lanes(trace)
-    panels = windows(marks_of(trace), layer) or {"step": _span(lanes)}
+    panels = windows(marks_of(trace), layer) or {"step": span(lanes)}
     settings = {name: value for name, value in vars(args).items() if name not in ("trace", "keep_trace", "out")}
     row = {"settings": settings, "step": summary(lanes)}
     row["panels"] = {name: summary(clip(lanes, window)) for name, window in panels.items()}
@@ -57,28 +54,6 @@ def main():
     draw(lanes, panels, Path(f"{args.out}.png"))
     for name, found in ({"step": row["step"]} | row["panels"]).items():
         print(f"{name}: {json.dumps(found)}")
-
-
-def read_lanes(trace: dict) -> Lanes:
-    """`(start, stop)` in microseconds of the kernels and large copies on the GPU, by lane."""
-    lanes: Lanes = {lane: [] for lane in LANES}
-    for event in trace["traceEvents"]:
-        category, lane = event.get("cat"), None
-        if category == "kernel":
-            lane = "compute"
-        elif category == "gpu_memcpy" and _is_large(event):
-            lane = next((lane for name, lane in COPIES.items() if event["name"].startswith(name)), None)
-        if lane is not None:
-            lanes[lane].append((event["ts"], event["ts"] + event["dur"]))
-    if not lanes["compute"]:
-        raise ValueError("the trace has no GPU kernels; it must be of a step on a CUDA device")
-    return lanes
-
-
-def _is_large(event: dict) -> bool:
-    """By its bytes; a trace without them is taken at the word of its name, for what hf_fpdt copies is page-locked."""
-    size = event.get("args", {}).get("bytes")
-    return "Pageable" not in event["name"] if size is None else int(size) > _LEAST_COPY
 
 
 def marks_of(trace: dict) -> dict[str, float]:
@@ -119,83 +94,6 @@ def windows(marks: dict[str, float], layer: int) -> dict[str, Interval]:
     }
     there = {name: pair for name, pair in bounds.items() if all(mark in marks for mark in pair)}
     return {f"{name} of layer {layer}": (marks[start], marks[stop]) for name, (start, stop) in there.items()}
-
-
-def clip(lanes: Lanes, window: Interval) -> Lanes:
-    """What of the lanes is inside of the window."""
-    start, stop = window
-    inside: Lanes = {}
-    for lane, intervals in lanes.items():
-        inside[lane] = [(max(a, start), min(b, stop)) for a, b in intervals if a < stop and b > start]
-    return inside
-
-
-def summary(lanes: Lanes) -> dict:
-    """Seconds of each lane, and the fraction of the copies that ran under compute."""
-    seconds = {lane: sum(stop - start for start, stop in union(intervals)) / 1e6 for lane, intervals in lanes.items()}
-    hidden = {lane: hidden_fraction(lanes[lane], lanes["compute"]) for lane in COPIES.values()}
-    both = [interval for lane in COPIES.values() for interval in lanes[lane]]
-    return {"seconds": seconds, "hidden": hidden | {"either": hidden_fraction(both, lanes["compute"])}}
-
-
-def union(intervals: list[Interval]) -> list[Interval]:
-    """The same time as disjoint intervals, in order."""
-    merged: list[list[float]] = []
-    for start, stop in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], stop)
-        else:
-            merged.append([start, stop])
-    return [(start, stop) for start, stop in merged]
-
-
-def hidden_fraction(copies: list[Interval], compute: list[Interval]) -> float | None:
-    """The part of the copies' time in which compute ran as well; None without copies."""
-    copies, compute = union(copies), union(compute)
-    total = sum(stop - start for start, stop in copies)
-    if not total:
-        return None
-    hidden, at = 0.0, 0
-    for start, stop in copies:
-        while at < len(compute) and compute[at][1] <= start:
-            at += 1
-        for index in range(at, len(compute)):
-            other_start, other_stop = compute[index]
-            if other_start >= stop:
-                break
-            hidden += min(stop, other_stop) - max(start, other_start)
-    return hidden / total
-
-
-def _span(lanes: Lanes) -> Interval:
-    everything = [interval for intervals in lanes.values() for interval in intervals]
-    return min(start for start, _ in everything), max(stop for _, stop in everything)
-
-
-def draw(lanes: Lanes, panels: dict[str, Interval], path: Path):
-    """One panel below the other, each with its own time axis. Returns the figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(12, 0.6 + 2.2 * len(panels)), layout="constrained", squeeze=False)
-    for axis, (name, window) in zip(axes[:, 0], panels.items(), strict=True):
-        inside = clip(lanes, window)
-        hidden = summary(inside)["hidden"]
-        for row, (lane, color) in enumerate(zip(LANES, ("tab:blue", "tab:orange", "tab:purple"), strict=True)):
-            bars = [((start - window[0]) / 1e3, (stop - start) / 1e3) for start, stop in union(inside[lane])]
-            axis.broken_barh(bars, (-row - 0.4, 0.8), color=color)
-        labels = [lane if hidden.get(lane) is None else f"{lane}\n{hidden[lane]:.1%} hidden" for lane in LANES]
-        axis.set_yticks([-row for row in range(len(LANES))], labels)
-        axis.set_ylim(-len(LANES) + 0.4, 0.6)
-        axis.set_xlim(0, (window[1] - window[0]) / 1e3)
-        axis.set(xlabel="milliseconds")
-        axis.set_title(name, loc="left", fontsize="medium")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return figure
 
 
 def profile_step(args, path: Path, device: str = "cuda") -> Path:

@@ -306,7 +306,7 @@ def trace_summary(trace: dict) -> dict:
     `{lane: {"seconds": ..., "hidden": ...}}` for the all-to-alls, the engine's collectives and both directions of large copies.
     Hidden: the fraction in which a kernel that communicates nothing ran as well.
     """
-    from .overlap import hidden_fraction, read_lanes, union
+    from hf_fpdt.timeline import hidden_fraction, read_lanes, union
 
     lanes = read_lanes(trace)
     communication = {"all-to-all": [], "engine": []}

@@ -1,4 +1,4 @@
-"""The timeline of one optimizer step, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+"""The timeline of one optimizer step, as a Chrome trace (chrome://tracing, ui.perfetto.dev), and of a GPU as a picture."""
 
 import logging
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from .timeline import draw, read_lanes, read_trace, span, summary
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +19,7 @@ STEP = 3  # the first compiles and locks memory, the second still meets a cold a
 class StepTrace:
     """
     Args:
-        path: the file to write.
+        path: the file to write; the picture, `picture`, is beside it.
         name: what errors call the setting.
 
     Raises:
@@ -29,8 +31,9 @@ class StepTrace:
     def __init__(self, path: str | PathLike, name: str):
         StepTrace.made = True
         self.path, self._what, self._profiler = Path(path), f"{name}={str(path)!r}", None
-        if not str(path) or self.path.is_dir() or not self.path.absolute().parent.is_dir():
+        if not self.path.name or self.path.suffix == ".png" or self.path.is_dir() or not self.path.absolute().parent.is_dir():
             raise ValueError(f"{self._what}: the path of a file in an existing folder is needed, such as trace.json.")
+        self.picture = self.path.with_name(self.path.name.removesuffix(".gz")).with_suffix(".png")
 
     @classmethod
     def asked_for(cls, path: str | PathLike | None, environment: Mapping[str, str]) -> "StepTrace | None":
@@ -79,7 +82,20 @@ class StepTrace:
         self._profiler.stop()
         self._profiler.export_chrome_trace(str(self.path))
         self._profiler = None
+        if device.type == "cuda":
+            self.draw()
         return True
+
+    def draw(self) -> None:
+        """Draws the file's timeline of a GPU, and logs how much of the copies ran under the compute."""
+        try:
+            lanes = read_lanes(read_trace(self.path))
+            hidden = summary(lanes)["hidden"]["either"]
+            copied = "nothing was copied" if hidden is None else f"{hidden:.1%} of the copies ran under the compute"
+            logger.info("hf_fpdt: in step %d %s", STEP, copied)
+            draw(lanes, {f"step {STEP}": span(lanes)}, self.picture)
+        except (ImportError, ValueError) as error:  # the training is worth more than its picture
+            logger.warning("hf_fpdt: the timeline in %s is without a picture (%s)", self.path, error)
 
 
 def say_if_unused() -> None:

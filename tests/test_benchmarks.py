@@ -1,6 +1,7 @@
 """The arithmetic of the benchmarks: a wrong number here would be published as a result."""
 
 import argparse
+import gzip
 import io
 import itertools
 import json
@@ -18,10 +19,12 @@ from transformers import LlamaForCausalLM
 import hf_fpdt  # makes "fpdt" known
 from benchmarks import ballast, chunk_sizes, contenders, growth, overlap, point, shared_point, shared_step, train_step
 from benchmarks.ahead import Outcome, run_ahead
-from benchmarks.overlap import hidden_fraction, marks_of, read_lanes, union
+from benchmarks.overlap import marks_of
 from benchmarks.point import Spec
 from benchmarks.result_files import read_calls, read_rows, table
 from benchmarks.shapes import llama_config, step_flops
+from hf_fpdt.step_trace import StepTrace
+from hf_fpdt.timeline import hidden_fraction, read_lanes, union
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -449,6 +452,26 @@ def _trace(marks_on_gpu: bool) -> dict:
         if marks_on_gpu:
             events.append(_event("gpu_user_annotation", overlap.MARK + name, ts, 1))
     return {"traceEvents": events, "deviceProperties": [{"id": 0, "name": "NVIDIA H200"}]}
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_the_picture_of_a_step(name, tmp_path, caplog, monkeypatch):
+    """Beside the trace; and where there can be none the training goes on."""
+    data = json.dumps(_trace(True)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    trace = StepTrace(tmp_path / name, "FPDT_TRACE")
+    with caplog.at_level("INFO", logger="hf_fpdt"):
+        trace.draw()
+    assert "64.3% of the copies ran under the compute" in caplog.text  # 40 of 40 and 50 of 100
+    assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "trace.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    trace.draw()
+    assert "without a picture (import of matplotlib.figure halted" in caplog.text
+    (tmp_path / name).write_bytes(gzip.compress(b'{"traceEvents": []}') if name.endswith(".gz") else b'{"traceEvents": []}')
+    trace.draw()
+    assert "without a picture (the trace has no GPU kernels" in caplog.text
+    assert not (tmp_path / "trace.png").exists()
 
 
 @pytest.mark.parametrize("marks_on_gpu", [True, False])

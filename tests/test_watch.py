@@ -415,6 +415,8 @@ def test_timeline_of_the_third_step(tmp_path, clock, monkeypatch, by_variable):
 def test_timelines_that_cannot_be(tmp_path, clock, monkeypatch):
     with pytest.raises(ValueError, match=r"Watch\(trace=...\)='.*/no/such.json': the path of a file in an existing folder"):
         Watch(trace=tmp_path / "no" / "such.json")
+    with pytest.raises(ValueError, match=r"trace\.png': the path of a file in an existing folder is needed"):
+        Watch(trace=tmp_path / "trace.png")
     monkeypatch.setenv("FPDT_TRACE", "")
     with pytest.raises(ValueError, match="FPDT_TRACE='': the path of a file in an existing folder is needed"):
         make_trainer(make_streamed(tiny_llama(), 16), tmp_path)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import hf_fpdt
 from hf_fpdt import watch
 from hf_fpdt.flops import PEAK_BF16
+from hf_fpdt.timeline import LANES, read_lanes, read_trace, summary
 
 pytestmark = pytest.mark.gpu
 SEQ_LEN, STEPS, LAYERS = 8192, 6, 4
@@ -77,6 +78,22 @@ def test_logs_of_a_run(tmp_path, monkeypatch):
         assert entry["fpdt/transfer_gib_per_s"] == pytest.approx(2 * moved / 2**30 / seconds, rel=0.1)
         assert torch.cuda.memory_allocated() / 2**30 < entry["fpdt/gpu_peak_gib"] < 8
         assert entry["fpdt/host_gib"] >= moved / 2 / 2**30
+
+
+def test_the_timeline_of_a_step(tmp_path):
+    """With its picture, and copies of what the layers keep in it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=1000, num_hidden_layers=2)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(chunk_size=2048, offload="host", recompute=True))
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=1, max_steps=4, report_to="none", save_strategy="no", bf16=True, optim="sgd"
+    )
+    Trainer(model, arguments, train_dataset=Rows(), callbacks=[watch.Watch(trace=tmp_path / "trace.json")]).train()
+    lanes = read_lanes(read_trace(tmp_path / "trace.json"))
+    assert all(lanes[lane] for lane in LANES)
+    assert 0 < summary(lanes)["hidden"]["either"] <= 1
+    assert (tmp_path / "trace.png").stat().st_size > 10_000
 
 
 def without_waiting(method):
