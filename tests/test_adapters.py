@@ -184,7 +184,10 @@ def test_switched_between_forward_and_backward():
     def switch_off():
         models[0].base_model.disable_adapter_layers()
 
-    switches = {"adapters=.*other": partial(models[0].set_adapter, "other"), r"to \[\]": switch_off}
+    switches = {
+        r"was switched from adapters=\['default'\] to \['other'\]": partial(models[0].set_adapter, "other"),
+        r"to \[\]": switch_off,
+    }
     for message, switch in (switches | {"merged": models[0].merge_adapter}).items():
         loss = models[0](**batch).loss
         switch()

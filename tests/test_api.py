@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, Llam
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_fpdt
-from hf_fpdt import FPDTConfig, apply_fpdt, chunking, restore
+from hf_fpdt import FPDTConfig, apply_fpdt, chunking, model_loss, restore
 
 CHUNK = 20
 LENGTHS = [20, 20, 8]
@@ -246,7 +246,10 @@ def test_a_loss_function_of_the_users(streamed, plain, batch, caplog):
     for model in (plain, streamed):
         model.loss_function = loss_function
     want, want_grads = loss_and_gradients(plain, batch)
+    logging.getLogger("transformers").propagate = True
+    model_loss.logger.warning_once.cache_clear()
     loss, grads = loss_and_gradients(streamed, batch)
+    assert "LlamaForCausalLM computes its logits in full: its loss function is loss_function." in caplog.text
     assert seen == [torch.Tensor, torch.Tensor]
     assert difference(loss, want) <= 2e-6
     assert_gradients_close(grads, want_grads)

@@ -21,16 +21,19 @@ from reference import (
     tiny_neox,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
     BloomConfig,
     FalconConfig,
+    LlamaModel,
 )  # fmt: skip
 
 import hf_fpdt
 from hf_fpdt import FPDTConfig, apply_fpdt
+from hf_fpdt.input_checks import check_streamable
 from hf_fpdt.kernel_choice import choose_kernel
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -304,6 +307,35 @@ def test_config_of_another_type(config):
 def test_no_input(streamed):
     with pytest.raises(ValueError, match="LlamaModel was called without input_ids or inputs_embeds"):
         streamed(input_ids=None, labels=None)
+
+
+def test_a_layer_that_returns_more():
+    """As those of experts with the logits of their routers."""
+    streamed = make_streamed(tiny_llama())
+    layer = streamed.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: (forward(*args, **kwargs), torch.ones(1))
+    with pytest.raises(ValueError, match="LlamaDecoderLayer 1 returns 2 values; only hidden states can be streamed"):
+        streamed(**make_batch())
+
+
+def test_a_gradient_beside_the_hidden_states():
+    streamed = make_streamed(tiny_llama())
+    bias = torch.zeros(1, SEQ_LEN, 1, requires_grad=True)
+    layer = streamed.model.layers[0]
+    layer.register_forward_pre_hook(lambda layer, args, kwargs: (args, kwargs | {"bias": bias}), with_kwargs=True)
+    with pytest.raises(ValueError, match="A decoder layer was called with bias, a tensor that requires grad"):
+        streamed(**make_batch())
+
+
+def test_inputs_on_another_gpu():
+    """As in the replicas of nn.DataParallel. No GPU is needed to ask where a tensor is."""
+    model = LlamaModel(tiny_llama())
+    with FakeTensorMode():
+        model.embed_tokens.weight = nn.Parameter(torch.empty(2, 2, device="cuda:0"))
+        tokens = torch.ones(1, 8, dtype=torch.long, device="cuda:1")
+        with pytest.raises(ValueError, match="has weights on cuda:0 and got inputs on cuda:1; they must be on one GPU"):
+            check_streamable(model, {}, tokens)
 
 
 def test_labels_of_another_length(streamed):

@@ -527,8 +527,8 @@ def test_what_fails_is_raised_by_the_get(cpu, file, monkeypatch, call):
     fail(monkeypatch, call, errno.EIO)
     kept = DiskCopy(cpu, file, torch.randn(3000))
     kept.prefetch()
-    verb = {"pwrite": "Writing", "preadv": "Reading"}[call]
-    with pytest.raises(DiskFileError, match=rf"{verb} 12288 bytes in .* failed: OSError: .*Input/output error"):
+    verb = {"pwrite": "Writing 12288", "preadv": "Reading 12288"}[call]
+    with pytest.raises(DiskFileError, match=rf"{verb} bytes in FPDTConfig\(disk_folder='.*'\) failed: OSError: .*Input/output"):
         kept.get()
     monkeypatch.undo()
     kept.release()

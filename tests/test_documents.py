@@ -227,7 +227,7 @@ def test_where_documents_start():
         ({"attention_mask": torch.tensor([[1, 1, 0, 1]])}, "inside of a document at 1 places.*Pad on one side"),
         ({"attention_mask": torch.tensor([[1, 1, 2, 2]])}, "values from 1 to 2; 1 is a token and 0 is padding"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask of shape \[1, 3\].*1 rows of 4 tokens"),
-        ({"seq_idx": torch.ones(4)}, r"seq_idx of shape \[4\]"),
+        ({"seq_idx": torch.ones(4)}, r"seq_idx of shape \[4\].*1 rows of 4 tokens; it needs one entry a token"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 5])}, r"cu_seq_lens_q \[0, 2, 5\].*1 x 4 tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 4]), "cu_seq_lens_k": torch.tensor([0, 3, 4])}, "must be equal"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 2])}, "from 0 up to its length"),

@@ -73,7 +73,10 @@ def test_engines_that_cannot(engine, message):
 def test_an_accelerate_that_repeats_batches():
     engine = state(DistributedType.MULTI_GPU)
     engine.device_mesh = object()  # accelerate 1.12 makes one
-    with pytest.raises(ValueError, match=r"with MULTI_GPU and accelerate .* Use accelerate 1\.13 or later, or DeepSpeed"):
+    message = (
+        r"with MULTI_GPU and accelerate .*: it would give the processes of a group the same batches.* Use accelerate 1\.13"
+    )
+    with pytest.raises(ValueError, match=message):
         check_shares_sequences(engine, 4)
 
 

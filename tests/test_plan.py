@@ -490,10 +490,17 @@ def test_plan_of_a_model_on_a_cpu_says_what_would_run():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"seq_len": 1}, {"seq_len": 2.0}, {"seq_len": True}, {"seq_len": 10, "batch_size": 0}], ids=str
+    ("sizes", "message"),
+    [
+        ({"seq_len": 1}, r"plan\(seq_len=1\): seq_len must be a whole number, at least 2\."),
+        ({"seq_len": 2.0}, r"plan\(seq_len=2\.0\): seq_len must be"),
+        ({"seq_len": True}, r"plan\(seq_len=True\): seq_len must be"),
+        ({"seq_len": 10, "batch_size": 0}, r"plan\(batch_size=0\): batch_size must be a whole number, at least 1\."),
+    ],
+    ids=str,
 )
-def test_bad_sizes(sizes):
-    with pytest.raises(ValueError, match="must be a whole number, at least"):
+def test_bad_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
         hf_fpdt.plan(make_streamed(tiny_llama(), 10), **sizes)
 
 

@@ -40,3 +40,12 @@ def test_every_changed_weight_is_named():
         module[1][1].weight[0] = 3.0
     with pytest.raises(RuntimeError, match=r"Block 3: a weight was changed in place \(1.0.bias, 1.1.weight\) between"):
         unchanged.check()
+
+
+def test_modules_that_come_and_go():
+    for change in (lambda module: module.append(nn.Linear(2, 2)), lambda module: module.pop(0)):
+        module = nn.Sequential(nn.Dropout(), nn.Linear(2, 2), nn.Dropout())
+        unchanged = UnchangedModule(module, "Block 3")
+        change(module)
+        with pytest.raises(RuntimeError, match="Block 3: modules were added or removed between the forward and the backward"):
+            unchanged.check()
