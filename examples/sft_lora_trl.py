@@ -3,7 +3,7 @@ Supervised finetuning with TRL and LoRA on long conversations or documents: an o
 `attn_implementation="fpdt"` is the only unusual line.
 
     python examples/sft_lora_trl.py --model_name_or_path path/to/model --train_file chats.jsonl --output_dir outputs/sft \
-        --max_length 131072 --packing --bf16 --assistant_only_loss
+        --max_length 131072 --packing --bf16 true --assistant_only_loss
 
 `--train_file` has a column `messages` (conversations), `prompt` and `completion`, or `text`. All of SFTConfig can be given.
 """

@@ -1,4 +1,7 @@
-"""The examples with TRL and with a loop of one's own, run as a user runs them: in processes of their own, on a CPU."""
+"""
+The examples with TRL and with a loop of one's own, run as a user runs them: the command lines of examples/README.md, with tiny
+models and files in the places of their placeholders, in processes of their own, on a CPU.
+"""
 
 import json
 import os
@@ -11,17 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from documented import ROOT, as_tried, command
 from reference import make_model, tiny_llama
 
 pytest.importorskip("datasets")
 pytest.importorskip("trl")
 pytest.importorskip("deepspeed")
 
-ROOT = Path(__file__).parents[1]
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}"
-    "{% endgeneration %}{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}\n{% endfor %}"
-)
+PAGE = "examples/README.md"
+CHAT = """{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}\
+{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}
+{% endfor %}"""
+BRIEF = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01", "--per_device_train_batch_size", "1"]
+BRIEF += ["--use_cpu", "--report_to", "none", "--save_strategy", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +50,23 @@ def checkpoint(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def run(*words, processes: str = "") -> str:
+def run(start: str, names: dict, *more) -> str:
+    """The command of the examples' page that starts so, with these words for its placeholders and more behind them."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FPDT_CHUNK_SIZE": "48"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launcher = [sys.executable]
-    if processes:
-        config = str(ROOT / "accelerate_configs" / f"{processes}.yaml")
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    command = [*launcher, *map(str, words)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    line = [*as_tried(command(PAGE, start), names), *map(str, more)]
+    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("how", [["--packing"], ["--per_device_train_batch_size", "2", "--assistant_only_loss"]], ids=str)
+@pytest.mark.parametrize("how", [[], ["--packing", "false", "--bf16", "false", "--per_device_train_batch_size", "2"]], ids=str)
 def test_sft_with_adapters(how, checkpoint, tmp_path):
-    """Packed, and padded with a loss of answers only; the adapter that is saved loads, and was trained."""
+    """Packed in bfloat16, and padded; the adapter that is saved loads, and was trained."""
     from peft import PeftModel
 
-    words = ["--model_name_or_path", checkpoint, "--train_file", checkpoint / "chats.jsonl", "--output_dir", tmp_path]
-    words += ["--max_length", "512", "--max_steps", "3", "--use_cpu", "--bf16", "false", "--report_to", "none"]
-    words += ["--logging_steps", "1", "--save_strategy", "no", "--learning_rate", "0.01", "--per_device_train_batch_size", "1"]
-    out = run(ROOT / "examples" / "sft_lora_trl.py", *words, *how)
+    names = {"path/to/model": checkpoint, "chats.jsonl": checkpoint / "chats.jsonl", "outputs/sft": tmp_path, "131072": 512}
+    out = run("python examples/sft_lora_trl.py", names, *BRIEF, *how)
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", out)]
     assert len(losses) == 3
     assert losses[2] < losses[0]
@@ -77,11 +77,21 @@ def test_sft_with_adapters(how, checkpoint, tmp_path):
 
 def test_a_loop_on_one_and_on_two_processes(checkpoint, tmp_path):
     """The same losses and weights, with the sequences shared under ZeRO-3."""
-    words = [ROOT / "examples" / "accelerate_loop.py", "--model", checkpoint, "--train_file", checkpoint / "book.txt"]
-    words += ["--seq_len", "200", "--steps", "3", "--gradient_accumulation_steps", "2", "--dtype", "float32"]
-    words += ["--learning_rate", "0.001", "--output_dir"]
-    alone = run(*words, tmp_path / "one")
-    both = run(*words, tmp_path / "two", processes="fpdt_zero3_2cpu")
+    names = {"path/to/model": checkpoint, "book.txt": checkpoint / "book.txt"}
+    more = [
+        "--steps",
+        "3",
+        "--gradient_accumulation_steps",
+        "2",
+        "--dtype",
+        "float32",
+        "--learning_rate",
+        "0.001",
+        "--output_dir",
+    ]
+    alone = run("python examples/accelerate_loop.py", names | {"131072": 200}, *more, tmp_path / "one")
+    launched = "accelerate launch --config_file accelerate_configs/fpdt_zero3_2gpu.yaml examples/accelerate_loop.py"
+    both = run(launched, names | {"262144": 200}, *more, tmp_path / "two")
     losses = [[float(loss) for loss in re.findall(r"step \d: loss ([\d.]+)", out)] for out in (alone, both)]
     assert len(losses[0]) == len(losses[1]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -96,11 +106,9 @@ def test_the_sft_script_of_trl(checkpoint, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(checkpoint / "chats.jsonl", data / "train.jsonl")
-    words = ["-m", "hf_fpdt.run", "-m", "trl.scripts.sft", "--model_name_or_path", checkpoint, "--dataset_name", data]
-    words += ["--attn_implementation", "fpdt", "--dtype", "float32", "--use_peft", "--lora_target_modules", "all-linear"]
-    words += ["--output_dir", tmp_path / "out", "--max_length", "512", "--packing", "--max_steps", "2", "--logging_steps", "1"]
-    words += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no", "--eval_strategy", "no"]
-    out = run(*words, "--per_device_train_batch_size", "1")
+    names = {"path/to/model": checkpoint, "path/to/data": data, "outputs/sft": tmp_path / "out", "131072": 512}
+    more = ["--dtype", "float32", "--bf16", "false", "--eval_strategy", "no", "--max_steps", "2"]
+    out = run("python -m hf_fpdt.run -m trl.scripts.sft", names, *BRIEF, *more)
     assert out.count("'loss'") == 2
     assert "fpdt/tokens_per_s_per_gpu" in out
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
