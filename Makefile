@@ -7,7 +7,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-gpu test-slow quality style docs bench clean
+.PHONY: help demo test test-gpu test-slow quality style audit docs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,10 @@ quality: $(VENV)/.installed  ## lint and format check
 
 style: $(VENV)/.installed  ## lint and format, fixing what can be fixed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+audit: $(VENV)/.installed  ## known vulnerabilities of what is installed; asks a database on the internet
+	$(BIN)/python -m pip install --quiet "pip-audit>=2.7"
+	$(BIN)/python -m pip_audit --skip-editable
 
 docs: $(VENV)/.installed  ## the documentation as a website, in outputs/docs
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
