@@ -55,6 +55,6 @@ def as_tried(words: list[str], names: dict[str, object]) -> list[str]:
     words = [str(names.get(word, word)) for word in words]
     for name, on_cpus in ON_CPUS.items():
         words = [word.replace(name, on_cpus) for word in words]
-    if words[:2] == ["accelerate", "launch"]:
+    if words[:2] == ["accelerate", "launch"] and "--main_process_port" not in words:
         words[2:2] = ["--main_process_port", "0"]  # any that is free
     return [*PROGRAMS[words[0]], *words[1:]]
