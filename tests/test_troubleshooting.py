@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 VALUE = "\0"  # what differs: `...` in a heading, `{...}` in the code
-OF_OTHERS = {"CUDA out of memory", "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"}  # torch's, Trainer's
+# Of torch and of Trainer.
+OF_OTHERS = {"CUDA out of memory", "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"}
 LENGTHS = (12, 20)  # characters that may tell one heading from all others
 
 
