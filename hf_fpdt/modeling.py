@@ -35,6 +35,7 @@ from .work import forget_work, work_of
 logger = logging.get_logger(__name__)
 
 _CONFIG, _PREVIOUS, _SP_GROUP = "_fpdt_config", "_fpdt_previous_implementation", "_fpdt_sp_group"
+_CACHES = ("past_key_values", "cache")  # what forwards call theirs, the latter since transformers 5.24
 
 
 def apply_fpdt(model: nn.Module, config: FPDTConfig | None = None, *, sp_group=None) -> nn.Module:
@@ -205,7 +206,7 @@ def _streams(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
     Whether this call runs without a cache. With labels, or in training, nobody reads one: it is turned off, unless a training
     model is asked for it without gradients, as `generate` does.
     """
-    if arguments.get("past_key_values") is not None:
+    if any(arguments.get(name) is not None for name in _CACHES):
         if model.training and torch.is_grad_enabled():
             raise ValueError(
                 f"{type(model).__name__}: past_key_values were given in training, as PEFT's prefix tuning does; "

@@ -205,6 +205,7 @@ if hasattr(peft, "LilyConfig"):
     REFUSED["Lily"] = (peft.LilyConfig(target_modules=TARGETS), "Lily adapter")
 
 
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # of PEFT, to transformers 5.24
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     """In training; with a cache these models run as they do without hf_fpdt."""

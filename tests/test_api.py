@@ -369,10 +369,14 @@ def test_a_cache_in_eval(plain, batch):
     ids = batch["input_ids"]
     with torch.no_grad():
         first = model(ids[:, :30], use_cache=True)
-        second = model(ids[:, 30:], past_key_values=first.past_key_values)
+        name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+        cache = first[name]
+        second = model(ids[:, 30:], **{name: cache})
         want = plain.eval()(ids).logits
-    assert first.past_key_values.get_seq_length() == SEQ_LEN
+    assert cache.get_seq_length() == SEQ_LEN
     assert_close(torch.cat([first.logits, second.logits], 1), want)
+    with pytest.raises(ValueError, match="past_key_values were given in training"):
+        model.train()(ids, **{name: cache})
 
 
 # -- evaluation and outputs --------------------------------------------------------------------------------------------

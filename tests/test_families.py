@@ -57,7 +57,7 @@ EXACT = {
     "deepseek_v2": LATENT | ROUTED, "deepseek_v3": LATENT | ROUTED, "dots1": ROUTED, "ernie4_5": HEADS, "exaone4": WINDOW,
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2}, "gemma": HEADS,
     "gemma2": HEADS | WINDOW | {"attn_logit_softcapping": 0.5}, "gemma3_text": HEADS | WINDOW, "glm": HEADS, "glm4": HEADS,
-    "glm4_moe": HEADS | ROUTED, "gpt2": GPT2, "gpt_bigcode": GPT2,
+    "glm4_moe": HEADS | ROUTED, "gpt2": GPT2, "gpt_bigcode": GPT2, "gptj": GPT2 | {"rotary_dim": 8},
     "gpt_oss": HEADS | WINDOW | {"num_local_experts": 4},
     "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0}, "granite": {},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2}, "helium": HEADS, "hunyuan_v1_dense": HEADS,
@@ -80,7 +80,7 @@ EXACT = {
 REFUSED = {
     "bloom": ({}, MODEL_CODE), "falcon": ({}, MODEL_CODE), "gpt_neo": (
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, MODEL_CODE),
-    "gptj": (GPT2 | {"rotary_dim": 8}, MODEL_CODE), "mamba": ({}, MODEL_CODE), "mpt": ({}, MODEL_CODE),
+    "mamba": ({}, MODEL_CODE), "mpt": ({}, MODEL_CODE),
     "diffllama": ({}, "calls attention more than once"),
     "deepseek_v4": (HEADS, "DeepseekV4HCACompressor, through which tokens see others besides attention"),
     "falcon_h1": (
@@ -93,7 +93,7 @@ REFUSED = {
     "qwen3_moe": (EXPERTS | HEADS | {"output_router_logits": True}, "auxiliary loss would have no gradient"),
     "qwen3_next": (EXPERTS | LINEAR | {"shared_expert_intermediate_size": 24}, MIXED),
 }  # fmt: skip
-NEWER = ("diffllama", "nemotron")
+NEWER = {"diffllama": 17, "gptj": 24, "nemotron": 17}  # the minor version of transformers 5
 # Gradients that are zero by symmetry, and all rounding, or of experts that no token chose.
 MAY_BE_ZERO = ("k_proj.bias", "router", "gate", "experts")
 
@@ -101,7 +101,7 @@ MAY_BE_ZERO = ("k_proj.bias", "router", "gate", "experts")
 def _why_not(family) -> str | None:
     if family not in CONFIG_MAPPING:
         return f"this version of transformers has no {family}"
-    if family in NEWER and int(transformers.__version__.split(".")[1]) < 17:
+    if int(transformers.__version__.split(".")[1]) < NEWER.get(family, 0):
         return f"{family} has attention code of its own in this version of transformers"
     return None
 
