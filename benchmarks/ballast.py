@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .shapes import kv_dim, query_dim
+
 _PIECE_BYTES = 4 << 30  # of host memory; one slab each
 
 
@@ -40,11 +42,34 @@ def hold(model, layers: int, optimizer: bool, gpu_gib: float, host_gib: float) -
         gpu_gib, host_gib: what waits for the backward of these layers, in GiB; see `_hold_for_absent_layers`.
     """
     device = next(model.parameters()).device
-    state_bytes = layers * _state_bytes(model.model.layers[0], optimizer)
+    state_bytes = layers * _state_bytes(model.base_model.layers[0], optimizer)
     gpu_bytes, host_bytes = int(gpu_gib * 2**30), int(host_gib * 2**30)
     held = [torch.empty(state_bytes, dtype=torch.uint8, device=device)]
     held += _hold_for_absent_layers(device, gpu_bytes, host_bytes)
     return Ballast(layers, state_bytes, gpu_bytes, host_bytes, held)
+
+
+def kept_bytes(config, contender: str, fpdt: dict) -> int:
+    """
+    Bytes of GPU memory a token that an absent layer keeps from its forward to its backward, in bfloat16. A checkpointed layer
+    keeps its input, `alst` and hf_fpdt with `offload="host"` move everything to the host, which is nothing here, and hf_fpdt
+    with `offload="none"` keeps input, K, V and, with `save_attention`, what attention gave.
+
+    Raises:
+        ValueError: for settings of hf_fpdt that leave it to the plan, which sees no absent layers.
+    """
+    if not contender.startswith("fpdt"):
+        return 0 if contender == "alst" else 2 * config.hidden_size
+    offload, saved = fpdt.get("offload", "auto"), fpdt.get("save_attention", "auto")
+    if offload == "host":
+        return 0
+    if offload != "none" or fpdt.get("recompute") is not True or not isinstance(saved, bool):
+        raise ValueError(
+            f"--ballast-kept with --fpdt {fpdt}: what absent layers keep is known with offload host, or none with recompute "
+            "true and save_attention true or false; name these, or hold bytes of your own with --ballast-gpu-gib."
+        )
+    attention = 2 * query_dim(config) + 4 * config.num_attention_heads
+    return 2 * config.hidden_size + 4 * kv_dim(config) + (attention if saved else 0)
 
 
 def _state_bytes(layer, optimizer: bool) -> int:

@@ -102,9 +102,9 @@ def profile_step(args, path: Path, device: str = "cuda") -> Path:
     from torch.profiler import ProfilerActivity, profile
 
     from .contenders import build, prepare
-    from .shapes import llama_config
+    from .shapes import model_config
 
-    config = llama_config(args.shape, args.layers)
+    config = model_config(args.shape, args.layers)
     prepare(args.contender)
     model, step = build(args.contender, config, json.loads(args.fpdt), device=device)
     ids = torch.randint(0, config.vocab_size, (1, args.seq_len), device=device)
@@ -113,7 +113,7 @@ def profile_step(args, path: Path, device: str = "cuda") -> Path:
     for parameter in model.parameters():
         parameter.grad = None
     if args.contender.startswith("fpdt"):  # others run their layers twice, inside of their checkpoints
-        _mark_layers(model.model.layers, device)
+        _mark_layers(model.base_model.layers, device)
     wait()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as profiler:
         step(ids)

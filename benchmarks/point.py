@@ -13,10 +13,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-from .shapes import SHAPES
+from .shapes import GPT_SHAPES, SHAPES
 
 CONTENDERS = ("sdpa", "liger", "alst", "fpdt", "fpdt+liger")  # see contenders.py
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, datasheet
+ANY_SHAPE = ("sdpa", "fpdt")  # the others replace parts of Llama
 _REFUSALS = ("DeviceMemoryError", "HostMemoryError")  # of hf_fpdt: a step that does not fit is not started
 
 
@@ -42,6 +43,7 @@ class Spec:
     ballast_layers: int = 0
     ballast_gpu_gib: float = 0.0
     ballast_host_gib: float = 0.0
+    ballast_kept: bool = False
     grad_norms: bool = False
     device: str = "cuda"
 
@@ -50,6 +52,11 @@ class Spec:
             raise ValueError(f"--contenders: got {self.contender!r}; one of {', '.join(CONTENDERS)} is needed.")
         if self.shape not in SHAPES:
             raise ValueError(f"--shape {self.shape}: one of {', '.join(SHAPES)} is needed.")
+        if self.shape in GPT_SHAPES and (self.contender not in ANY_SHAPE or self.lora or self.window):
+            raise ValueError(
+                f"--shape {self.shape} with --contenders {self.contender}, --lora {self.lora}, --window {self.window}: Liger, "
+                f"ALST, adapters and windows know Llama's modules only; take {' or '.join(ANY_SHAPE)} without the last two."
+            )
         if self.layers < 1 or self.repeats < 0 or self.seq_len < 2:
             raise ValueError(f"got {self.row()}, repeats {self.repeats}: one layer, no repeat and two tokens are the least.")
         if min(self.lora, self.ballast_layers, self.ballast_gpu_gib, self.ballast_host_gib) < 0:
@@ -66,11 +73,18 @@ class Spec:
                 f"--ballast-host-gib with {self.contender}: only hf_fpdt locks host memory; name fpdt contenders only."
             )
 
+        if self.ballast_kept and (self.lora or self.ballast_gpu_gib or not self.ballast_layers):
+            raise ValueError(
+                f"--ballast-kept with --lora {self.lora}, --ballast-layers {self.ballast_layers} and --ballast-gpu-gib "
+                f"{self.ballast_gpu_gib}: it takes the place of the last, for --ballast-layers that are trained in full."
+            )
+
     def row(self) -> dict:
         """The part of a row that is known before the point runs."""
         row = {name: getattr(self, name) for name in ("contender", "seq_len", "layers", "shape", "optimizer", "lora")}
         row |= {"documents": self.documents} if self.documents > 1 else {}
         row |= {"window": self.window} if self.window else {}
+        row |= {"ballast_layers": self.ballast_layers} if self.ballast_layers else {}
         return row | ({"fpdt": self.fpdt} if self.contender.startswith("fpdt") else {})
 
 
@@ -99,14 +113,17 @@ def measure(spec: Spec) -> dict:
     """The row of a point: one warm-up step, then `spec.repeats` timed ones; with none, the first is the one measured."""
     import torch
 
-    from .ballast import hold
+    from .ballast import hold, kept_bytes
     from .contenders import build
-    from .shapes import llama_config, step_flops
+    from .shapes import head_dim, model_config, step_flops
 
-    config = llama_config(spec.shape, spec.layers, spec.window)
+    config = model_config(spec.shape, spec.layers, spec.window)
     kind = {"device": spec.device, "lora": spec.lora, "documents": spec.documents}
     model, forward_backward = build(spec.contender, config, spec.fpdt, **kind)
     fills = (spec.ballast_gpu_gib, spec.ballast_host_gib)
+    if spec.ballast_kept:
+        layer = kept_bytes(config, spec.contender, spec.fpdt) * spec.seq_len
+        fills = (spec.ballast_layers * layer / 2**30, spec.ballast_host_gib)
     held = hold(model, spec.ballast_layers, spec.optimizer == "adamw", *fills)
     generator = torch.Generator(device=spec.device).manual_seed(1)
     ids = torch.randint(0, config.vocab_size, (1, spec.seq_len), device=spec.device, generator=generator)
@@ -125,7 +142,7 @@ def measure(spec: Spec) -> dict:
     kind = {"frozen": spec.lora > 0, "documents": spec.documents, "window": spec.window}
     row |= _speed(spec, step_flops(config, spec.seq_len, **kind) / median)
     if spec.contender.startswith("fpdt"):
-        row["kernel"] = _kernel(spec, config.head_dim)
+        row["kernel"] = _kernel(spec, head_dim(config))
     if spec.ballast_layers or any(fills):
         row["ballast"] = held.row()
     if spec.grad_norms:

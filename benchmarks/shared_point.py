@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from .point import PEAK_BF16, _predicted, is_memory_shortage
-from .shapes import SHAPES
+from .shapes import GPT_SHAPES, SHAPES
 
 CONTENDERS = ("fpdt", "fpdt+liger", "ulysses", "ulysses+liger", "ring")
 _CLASSES = {"fpdt": "fpdt", "fpdt+liger": "fpdt+liger", "ulysses": "alst", "ulysses+liger": "liger", "ring": "liger"}
@@ -55,6 +55,8 @@ class SharedSpec:
             raise ValueError(f"--contenders: got {self.contender!r}; one of {', '.join(CONTENDERS)} is needed.")
         if self.shape not in SHAPES:
             raise ValueError(f"--shape {self.shape}: one of {', '.join(SHAPES)} is needed.")
+        if self.shape in GPT_SHAPES and self.contender != "fpdt":
+            raise ValueError(f"--shape {self.shape} with --contenders {self.contender}: only fpdt knows others than Llama's.")
         if min(self.layers, self.gpus) < 1 or self.repeats < 0 or self.seq_len < 2:
             raise ValueError(f"got {asdict(self)}: one layer, one GPU, no repeat and two tokens are the least.")
         if self.gpus == 1 and not self.contender.startswith("fpdt"):
@@ -92,9 +94,9 @@ def measure(spec: SharedSpec) -> dict:
     import torch
     import torch.distributed as dist
 
-    from .shapes import llama_config, step_flops
+    from .shapes import model_config, step_flops
 
-    config = llama_config(spec.shape, spec.layers)
+    config = model_config(spec.shape, spec.layers)
     step = (_ring if spec.contender == "ring" else _accelerated)(spec, config)
     timed = partial(_timed, step, spec.device)
     first_step_s, first_loss = timed()

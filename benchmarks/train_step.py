@@ -51,6 +51,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--ballast-layers", type=int, default=0, help="hold weights, gradients and states of so many more")
     parser.add_argument("--ballast-gpu-gib", type=float, default=0.0, help="hold more on the GPU: what those layers keep there")
     parser.add_argument("--ballast-host-gib", type=float, default=0.0, help="the same in page-locked memory; fpdt only")
+    parser.add_argument("--ballast-kept", action="store_true", help="what those layers keep on the GPU, worked out from shapes")
     parser.add_argument("--grad-norms", action="store_true", help="add the gradient norm of every parameter to the rows")
     parser.add_argument("--time-limit", type=float, metavar="S", help="points not started by then are not run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try a command; with --shape tiny")
@@ -73,6 +74,7 @@ def specs_of(args) -> list[Spec]:
         "ballast_layers",
         "ballast_gpu_gib",
         "ballast_host_gib",
+        "ballast_kept",
     )
     common = {name: getattr(args, name) for name in (*names, "grad_norms", "device")}
     return [

@@ -1,0 +1,162 @@
+"""The paper's efficiency figures: shapes and their operations, tensor parallelism, and what draws the results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch._subclasses import FakeTensorMode
+from transformers import GPTNeoXForCausalLM
+
+import hf_fpdt  # noqa: F401  (makes "fpdt" known)
+from benchmarks import ballast, point, shared_point, train_step
+from benchmarks.paper import efficiency
+from benchmarks.point import Spec
+from benchmarks.result_files import read_calls
+from benchmarks.shapes import gpt_config, llama_config, model_config, paper_flops, step_flops
+
+ROOT = Path(__file__).parent.parent
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(("shape", "hidden", "billions"), [("gpt-2.7b", 2560, 2.646), ("gpt-6.7b", 4096, 6.650)])
+def test_the_papers_gpts(shape, hidden, billions):
+    """12 * hidden^2 weights a layer and a tied head; 6 operations for each and token, and half of the square in attention."""
+    config = model_config(shape, 32)
+    with FakeTensorMode():  # no memory is taken
+        model = GPTNeoXForCausalLM(config)
+    assert model.num_parameters() == pytest.approx(billions * 1e9, rel=1e-3)
+    weights, seq_len = 32 * 12 * hidden**2 + hidden * 50304, 65536
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert matrices == weights  # tied: the lookup's are the head's
+    attention = 32 * 3 * 4 * seq_len**2 * hidden / 2
+    assert step_flops(config, seq_len) == pytest.approx(6 * weights * seq_len + attention, rel=1e-12)
+    assert paper_flops(config, seq_len) == pytest.approx(8 * weights * seq_len + attention * 8 / 3, rel=1e-12)
+
+
+def test_the_papers_counting_of_a_llama():
+    """Megatron-DeepSpeed's terms in multiply-adds, written out: forward, twice that, and the forward once more."""
+    config, seq_len = llama_config("llama-3.1-8b", 3), 10_000
+    projections = 3 * (2 + 2 / 4) * 4096**2 * seq_len
+    attention = 3 * 2 * 128 * 32 * seq_len**2
+    feed_forward = 3 * 3 * 14336 * 4096 * seq_len
+    forward = projections + attention + feed_forward + 128256 * 4096 * seq_len
+    assert paper_flops(config, seq_len) == pytest.approx(4 * forward * 2, rel=1e-12)
+
+
+def test_a_gpt_on_a_cpu(tmp_path):
+    """The whole command: chunks alone, and chunks that are offloaded, have the loss of the plain model."""
+    out = tmp_path / "out.json"
+    settings = json.dumps([one | {"chunk_size": 64} for one in (efficiency.CHUNKS, efficiency.OFFLOADED)])
+    words = "--shape gpt-tiny --device cpu --contenders sdpa,fpdt --seq-lens 256 --layers 2 --repeats 1"
+    words = [*words.split(), "--ballast-layers", "3", "--ballast-kept", "--fpdt", settings, "--out", str(out)]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.train_step", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sdpa, chunks, offloaded = read_calls(out)[0]["rows"]
+    for row in (chunks, offloaded):
+        assert row["losses"] == pytest.approx(sdpa["losses"], rel=1e-3)
+    kept = [row["ballast"]["gpu_gib"] * 2**30 / 3 / 256 for row in (sdpa, chunks, offloaded)]
+    assert kept == [2 * 64, 2 * 4 * 64 + 4 * 4, 0]
+    assert {row["ballast_layers"] for row in (sdpa, chunks, offloaded)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"contender": "liger"}, "--shape gpt-tiny with --contenders liger"),
+        ({"contender": "fpdt+liger"}, "sdpa or fpdt"),
+        ({"lora": 4}, "--lora 4"),
+        ({"window": 4}, "--window 4"),
+        ({"ballast_kept": True}, "--ballast-kept with --lora 0, --ballast-layers 0"),
+        ({"ballast_kept": True, "ballast_layers": 2, "ballast_gpu_gib": 1.0}, "--ballast-gpu-gib 1.0"),
+    ],
+)
+def test_gpts_and_ballast_that_cannot(options, text):
+    good = {"contender": "fpdt", "seq_len": 64, "shape": "gpt-tiny", "layers": 1}
+    Spec(**good)
+    with pytest.raises(ValueError, match=text):
+        Spec(**(good | options))
+
+
+def test_windows_and_others_than_llama():
+    with pytest.raises(ValueError, match="--window 8 with --shape gpt-tiny"):
+        model_config("gpt-tiny", 1, 8)
+    good = {"contender": "fpdt", "gpus": 2, "seq_len": 64, "shape": "gpt-tiny", "layers": 1}
+    shared_point.SharedSpec(**good)
+    with pytest.raises(ValueError, match="only fpdt"):
+        shared_point.SharedSpec(**(good | {"contender": "ring"}))
+
+
+def test_what_absent_layers_keep():
+    config = llama_config("llama-3.1-8b", 1)
+    saved = {"offload": "none", "recompute": True, "save_attention": True}
+    assert ballast.kept_bytes(config, "liger", {}) == 8192
+    assert ballast.kept_bytes(config, "alst", {}) == 0
+    assert ballast.kept_bytes(config, "fpdt+liger", {"offload": "host"}) == 0
+    assert ballast.kept_bytes(config, "fpdt", saved) == 2 * (4096 + 2 * 1024 + 4096) + 4 * 32
+    assert ballast.kept_bytes(config, "fpdt", saved | {"save_attention": False}) == 2 * (4096 + 2 * 1024)
+    for unknown in ({}, {"offload": "none", "recompute": True}, {"offload": "none", "save_attention": True}):
+        with pytest.raises(ValueError, match="--ballast-kept with --fpdt"):
+            ballast.kept_bytes(config, "fpdt", unknown)
+
+
+# The picture of efficiency
+
+
+def _row(contender, seq_len, mfu=None, **more):
+    row = {"contender": contender, "seq_len": seq_len, "layers": 2, "shape": "gpt-2.7b", "ballast_layers": 30}
+    if mfu is None:
+        return row | {"out_of_memory": True} | more
+    return row | {"step_s": 2.0, "causal_mfu": mfu, "peak_gib": 50.0, "gpu": "NVIDIA H200"} | more
+
+
+def test_the_picture_of_efficiency(tmp_path):
+    rows = [_row("sdpa", 65536, 0.3), _row("sdpa", 131072), _row("sdpa", 1 << 20, error="killed")]
+    rows += [_row("fpdt", n, mfu, fpdt=efficiency.OFFLOADED) for n, mfu in ((131072, 0.5), (65536, 0.4))]
+    rows += [_row("tensor", 65536, 0.35, shape="llama-3.1-8b", gpus=2)]
+    series = efficiency.series_of(rows)
+    assert list(series) == ["gpt-2.7b", "llama-3.1-8b"]
+    assert list(series["gpt-2.7b"]) == ["checkpointing", "FPDT, offloaded"]
+    assert [(p.seq_len, p.mfu, p.depth) for p in series["gpt-2.7b"]["checkpointing"]] == [(65536, 0.3, 32), (131072, None, 32)]
+    ours = series["gpt-2.7b"]["FPDT, offloaded"]
+    config = gpt_config("gpt-2.7b", 2)
+    assert [p.mfu for p in ours] == [0.4, 0.5]
+    assert ours[0].paper_mfu == pytest.approx(0.4 * paper_flops(config, 65536) / step_flops(config, 65536))
+    lines = efficiency.table(series)
+    assert "| gpt-2.7b | checkpointing | 131,072 | 2, 30 | out of memory | | | | |" in lines
+    assert any("| 50.0 | 2.00 s | <= 32 s |" in line for line in lines)
+    assert {line.count("|") for line in lines} == {10}
+    figure = efficiency.draw(series, tmp_path / "efficiency.png")
+    assert len(figure.axes) == 4
+    lengths = [list(line.get_xdata()) for line in figure.axes[0].lines]
+    assert lengths == [[65536], [131072], [65536, 131072], []]  # what ran and what did not, for each strategy
+    assert list(figure.axes[0].lines[2].get_ydata()) == [40, 50]
+    assert (tmp_path / "efficiency.png").stat().st_size > 1000
+    for bad, text in (
+        ([rows[0]] * 2, "twice"),
+        ([rows[2]], "no row ran"),
+        ([_row("sdpa", 8, 0.1, documents=4)], "documents"),
+        ([_row("sdpa", 8, 0.0, gpu="none")], "no causal_mfu"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            efficiency.series_of(bad)
+
+
+def test_the_commands_for_efficiency_can_be_given():
+    import shlex
+
+    found = efficiency.commands()
+    assert max(seconds for _, seconds in found) < 540
+    specs = []
+    for command, _ in found:
+        python, flag, module, *words = shlex.split(command)
+        assert (python, flag, module) == ("python", "-m", "benchmarks.train_step")
+        specs += train_step.specs_of(train_step._arguments(words))
+    for spec in specs:
+        ballast.kept_bytes(model_config(spec.shape, spec.layers), spec.contender, spec.fpdt)
+        assert spec.layers + spec.ballast_layers == 32
+    assert {spec.shape for spec in specs} == {"gpt-2.7b", "gpt-6.7b", "llama-3.1-8b"}
+    assert point.command(specs[0])[1:3] == ["-m", "benchmarks.point"]
