@@ -6,6 +6,8 @@ as JSON. Rank 0, and a rank that fails, prints `{"row": ...}`.
 `ulysses`              accelerate's own sequence parallelism (DeepSpeed's Ulysses), ZeRO-3, cuDNN SDPA, with what ALST adds:
                        tiled MLP, tiled loss, checkpoints offloaded to host memory.
 `ulysses+liger`        the same without ALST's part: Liger's kernels and loss, activation checkpointing.
+`tensor`               tensor and sequence parallelism as in Megatron, on torch's plans (`tensor_parallel.py`), with cuDNN SDPA
+                       and Liger's kernels, activation checkpointing.
 `ring`                 torch's context parallelism over FSDP2 with cuDNN SDPA, Liger's kernels and loss, activation
                        checkpointing.
 """
@@ -15,19 +17,18 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 from .point import PEAK_BF16, _predicted, is_memory_shortage
 from .shapes import GPT_SHAPES, SHAPES
+from .shared_trace import traced
 
-CONTENDERS = ("fpdt", "fpdt+liger", "ulysses", "ulysses+liger", "ring")
-_CLASSES = {"fpdt": "fpdt", "fpdt+liger": "fpdt+liger", "ulysses": "alst", "ulysses+liger": "liger", "ring": "liger"}
-_ALL_TO_ALL, _COLLECTIVES = "SendRecv", ("AllGather", "ReduceScatter", "AllReduce")
+CONTENDERS = ("fpdt", "fpdt+liger", "ulysses", "ulysses+liger", "ring", "tensor")
+_CLASSES = {name: name for name in CONTENDERS[:2]} | {"ulysses": "alst"} | dict.fromkeys(CONTENDERS[3:], "liger")
+WITHOUT_ENGINE = ("ring", "tensor")  # started by torchrun, without DeepSpeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,18 @@ class SharedSpec:
             raise ValueError(f"got {asdict(self)}: one layer, one GPU, no repeat and two tokens are the least.")
         if self.gpus == 1 and not self.contender.startswith("fpdt"):
             raise ValueError(f"--contenders {self.contender} on one GPU shares nothing; train_step.py measures one GPU.")
+        if self.contender == "tensor":
+            self._check_split()
+
+    def _check_split(self):
+        shape = SHAPES[self.shape]
+        whole = {"tokens": self.seq_len, "heads of K": shape["num_key_value_heads"], "vocabulary": shape["vocab_size"]}
+        odd = {name: size for name, size in whole.items() if size % self.gpus}
+        if odd or shape["tie_word_embeddings"]:
+            raise ValueError(
+                f"--contenders tensor with --gpus {self.gpus}, --shape {self.shape} and {odd or 'a tied head'}: tokens, heads "
+                "and vocabulary that the number of GPUs divides and a head of its own are needed."
+            )
 
     def row(self) -> dict:
         """The part of a row that is known before the point runs."""
@@ -97,7 +110,7 @@ def measure(spec: SharedSpec) -> dict:
     from .shapes import model_config, step_flops
 
     config = model_config(spec.shape, spec.layers)
-    step = (_ring if spec.contender == "ring" else _accelerated)(spec, config)
+    step = {"ring": _ring, "tensor": _tensor}.get(spec.contender, _accelerated)(spec, config)
     timed = partial(_timed, step, spec.device)
     first_step_s, first_loss = timed()
     if spec.device == "cuda" and spec.repeats:
@@ -114,7 +127,7 @@ def measure(spec: SharedSpec) -> dict:
     row |= {"model_tflops": flops / 1e12, "causal_mfu": flops / PEAK_BF16.get(row["gpu"], math.inf)}
     row |= step.predicted()
     if spec.trace:
-        row["trace"] = _traced(step)
+        row["trace"] = traced(step)
     if not all(map(math.isfinite, losses)):
         row["error"] = f"losses {losses} are not all finite"
     dist.barrier()
@@ -238,6 +251,20 @@ def _ring(spec: SharedSpec, config) -> _Step:
     return _Step(run, dict)
 
 
+def _tensor(spec: SharedSpec, config) -> _Step:
+    """Every layer split over all GPUs. Learning rate 0."""
+    from .contenders import _model
+    from .tensor_parallel import start
+
+    run, engine = start(_model(config, "sdpa", spec.device), spec.gpus, spec.seq_len, spec.device)
+
+    def run_with_kernel():
+        with _kernel(spec):
+            return run()
+
+    return _Step(run_with_kernel, engine)
+
+
 def _kernel(spec: SharedSpec):
     """cuDNN's attention for the others; hf_fpdt chooses by itself."""
     import contextlib
@@ -287,49 +314,6 @@ def _memory(device: str) -> dict:
     most = torch.tensor(found, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return dict(zip(("host_gib", "peak_gib", "reserved_gib"), most.tolist(), strict=False))
-
-
-def _traced(step) -> dict:
-    """Of one more step, on this rank: seconds of every kind of communication and copy, and the fraction under compute."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return trace_summary(json.loads(path.read_text()))
-
-
-def trace_summary(trace: dict) -> dict:
-    """
-    `{lane: {"seconds": ..., "hidden": ...}}` for the all-to-alls, the engine's collectives and both directions of large copies.
-    Hidden: the fraction in which a kernel that communicates nothing ran as well.
-    """
-    from hf_fpdt.timeline import hidden_fraction, read_lanes, union
-
-    lanes = read_lanes(trace)
-    communication = {"all-to-all": [], "engine": []}
-    compute = []
-    for event in trace["traceEvents"]:
-        if event.get("cat") != "kernel":
-            continue
-        interval = (event["ts"], event["ts"] + event["dur"])
-        if not event["name"].startswith("nccl"):
-            compute.append(interval)
-        elif _ALL_TO_ALL in event["name"]:
-            communication["all-to-all"].append(interval)
-        elif any(name in event["name"] for name in _COLLECTIVES):
-            communication["engine"].append(interval)
-    found = communication | {name: lanes[name] for name in ("to host", "to device")}
-
-    def seconds(intervals) -> float:
-        return sum(stop - start for start, stop in union(intervals)) / 1e6
-
-    rows = {name: {"seconds": seconds(one), "hidden": hidden_fraction(one, compute)} for name, one in found.items()}
-    return {"compute": {"seconds": seconds(compute)}} | rows
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import asdict
 
 from .ahead import Outcome
 from .result_files import table, write_rows
-from .shared_point import SharedSpec
+from .shared_point import WITHOUT_ENGINE, SharedSpec
 from .train_step import row_of
 
 _CONFIG = {"cuda": "accelerate_configs/fpdt_zero3_2gpu.yaml", "cpu": "accelerate_configs/fpdt_zero3_2cpu.yaml"}
@@ -50,7 +50,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: only that one")
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON, or a list of such: a row for each")
     parser.add_argument(
-        "--zero", default="{}", help="DeepSpeed's zero_optimization as JSON, or a list, as above; ring has none"
+        "--zero", default="{}", help="DeepSpeed's zero_optimization as JSON, or a list, as above; ring and tensor have none"
     )
     parser.add_argument("--trace", action="store_true", help="profile one more step")
     parser.add_argument(
@@ -72,14 +72,14 @@ def specs_of(args) -> list[SharedSpec]:
         )
         if contender.startswith("fpdt") or int(gpus) > 1
         for fpdt in (fpdts if contender.startswith("fpdt") else [{}])
-        for zero in (zeros if contender != "ring" else [{}])
+        for zero in (zeros if contender not in WITHOUT_ENGINE else [{}])
     ]
 
 
 def command(spec: SharedSpec) -> list[str]:
     """The command line of a point."""
     words = ["-m", "benchmarks.shared_point", json.dumps(asdict(spec))]
-    if spec.contender == "ring":
+    if spec.contender in WITHOUT_ENGINE:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec.gpus}", *words]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _CONFIG[spec.device]]
     return [*launch, f"--num_processes={spec.gpus}", f"--parallelism_config_sp_size={spec.gpus}", *words]

@@ -17,7 +17,18 @@ from torch._subclasses import FakeTensorMode
 from transformers import LlamaForCausalLM
 
 import hf_fpdt  # makes "fpdt" known
-from benchmarks import ballast, chunk_sizes, contenders, growth, overlap, point, shared_point, shared_step, train_step
+from benchmarks import (
+    ballast,
+    chunk_sizes,
+    contenders,
+    growth,
+    overlap,
+    point,
+    shared_point,
+    shared_step,
+    shared_trace,
+    train_step,
+)
 from benchmarks.ahead import Outcome, run_ahead
 from benchmarks.overlap import marks_of
 from benchmarks.point import Spec
@@ -204,7 +215,7 @@ def test_a_shared_command_on_cpus(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contender": "alst"}, "'alst'; one of fpdt, fpdt[+]liger, ulysses, ulysses[+]liger, ring"),
+        ({"contender": "alst"}, "'alst'; one of fpdt, fpdt[+]liger, ulysses, ulysses[+]liger, ring, tensor"),
         ({"contender": "ring", "gpus": 1}, "ring on one GPU shares nothing"),
         ({"shape": "gpt"}, "--shape gpt"),
         ({"gpus": 0}, "one layer, one GPU"),
@@ -247,7 +258,7 @@ def test_a_trace_tells_the_communication_apart():
         kernel("gemm", 5, 6),
         copy,
     ]
-    found = shared_point.trace_summary({"traceEvents": events})
+    found = shared_trace.trace_summary({"traceEvents": events})
     assert found["compute"]["seconds"] == pytest.approx(3)
     assert found["all-to-all"] == {"seconds": pytest.approx(2), "hidden": pytest.approx(0.5)}
     assert found["engine"] == {"seconds": pytest.approx(4), "hidden": pytest.approx(0.25)}

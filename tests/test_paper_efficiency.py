@@ -1,6 +1,8 @@
 """The paper's efficiency figures: shapes and their operations, tensor parallelism, and what draws the results."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,84 @@ def test_what_absent_layers_keep():
     for unknown in ({}, {"offload": "none", "recompute": True}, {"offload": "none", "save_attention": True}):
         with pytest.raises(ValueError, match="--ballast-kept with --fpdt"):
             ballast.kept_bytes(config, "fpdt", unknown)
+
+
+# Tensor and sequence parallelism
+
+
+def test_a_split_model_is_the_model(tmp_path):
+    """On two processes: loss and gradient norm of the plain model on one."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    common = ["--shape", "tiny", "--device", "cpu", "--seq-lens", "510", "--layers", "2", "--repeats", "1"]
+    for module, words, out in (
+        ("train_step", ["--contenders", "sdpa", "--grad-norms"], one),
+        ("shared_step", ["--contenders", "tensor", "--gpus", "2"], two),
+    ):
+        command = [sys.executable, "-m", f"benchmarks.{module}", *common, *words, "--out", str(out)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (alone,), (both,) = (read_calls(out)[0]["rows"] for out in (one, two))
+    assert both.get("error") is None
+    assert both["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    norm = math.sqrt(sum(value**2 for value in alone["grad_norms"].values()))
+    assert both["engine"]["grad_norm"] == pytest.approx(norm, rel=1e-2)  # in bfloat16
+
+
+def test_every_gradient_of_a_split_model(tmp_path):
+    """In fp32, element by element, also with tiles that the sequence does not divide into."""
+    script = tmp_path / "script.py"
+    script.write_text(SPLIT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same") == 2
+
+
+SPLIT = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from benchmarks import tensor_parallel
+from benchmarks.contenders import _model
+from benchmarks.shapes import llama_config
+
+
+
+def require_plain(tensor):
+    assert type(tensor) is torch.Tensor, type(tensor)
+
+
+dist.init_process_group("gloo")
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+tensor_parallel._TILE_TOKENS = 200
+ids = torch.randint(0, 512, (1, 510), generator=torch.Generator().manual_seed(1))
+plain, split = (_model(llama_config("tiny", 2), "sdpa", "cpu").float() for _ in range(2))
+loss = plain(input_ids=ids, labels=ids).loss
+loss.backward()
+tensor_parallel.split_model(split, mesh)
+for layer in split.model.layers:  # no subclass: Liger's kernels take addresses
+    layer.input_layernorm.register_forward_pre_hook(lambda norm, args: require_plain(args[0]))
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: require_plain(args[0]))
+torch.testing.assert_close(tensor_parallel.forward_backward(split, mesh, ids), loss.detach(), rtol=1e-5, atol=0)
+for want, got in zip(plain.parameters(), split.parameters(), strict=True):
+    grad = got.grad.full_tensor() if isinstance(got, DTensor) else got.grad
+    torch.testing.assert_close(grad, want.grad, rtol=1e-4, atol=1e-5 * want.grad.abs().max().item())
+    assert not isinstance(got, DTensor) or got.grad.to_local().shape == got.to_local().shape
+print("the same", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("options", "text"), [({"seq_len": 65}, "'tokens': 65"), ({"gpus": 4}, "'heads of K': 2")])
+def test_models_that_cannot_be_split(options, text):
+    good = {"contender": "tensor", "gpus": 2, "seq_len": 64, "shape": "tiny", "layers": 1}
+    shared_point.SharedSpec(**good)
+    with pytest.raises(ValueError, match=text):
+        shared_point.SharedSpec(**(good | options))
+    with pytest.raises(ValueError, match="a tied head"):
+        shared_point.SharedSpec(**(good | {"shape": "llama-3.2-1b"}))
 
 
 # The picture of efficiency
