@@ -8,7 +8,7 @@ The first prints the commands that measure it (`train_step.py`, `shared_step.py`
 them as a table. Method: one or two layers run, and the GPU memory of the other layers of the real depth is held
 (`--ballast-layers`, `--ballast-kept`; host memory is not). Time is of the layers that ran, embedding and loss included; the
 step of the whole model takes at most `step * depth / layers`, which counts embedding and loss `depth / layers` times. MFU is of
-the layers that ran, with their own operations and those of the loss.
+the layers that ran, with their own operations and those of the loss. Of several GPUs nothing is held for other layers.
 
 Two ways to count operations stand side by side: causal attention and no recomputation (`shapes.step_flops`), and Megatron's,
 which the paper's code has: the full square and a second forward (`shapes.paper_flops`). Only the first compares methods.
@@ -43,7 +43,13 @@ def commands() -> list[tuple[str, int]]:
         if shape in _LONGEST:
             one = "--seq-lens 2097152 --layers 1 --ballast-layers 31 --ballast-kept --repeats 0"
             found.append((f"{start} fpdt {one} --fpdt '{_STREAMED}' --out {shape}_longest.json", 290))
-    return found
+    shared = "python -m benchmarks.shared_step --gpus 2 --repeats 1 --contenders"
+    one = json.dumps(OFFLOADED, separators=(",", ":"))
+    return [
+        *found,
+        (f"{shared} tensor,fpdt,ulysses+liger --seq-lens 65536,131072,262144 --layers 4 --fpdt '{one}' --out shared.json", 480),
+        (f"{shared} tensor,fpdt,ulysses+liger --seq-lens 524288 --layers 2 --fpdt '{one}' --out shared_long.json", 240),
+    ]
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ def series_of(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
 def strategy(row: dict) -> str:
     """How the step was made, in the paper's words where it has some."""
     names = {"sdpa": "checkpointing", "liger": "checkpointing, Liger", "alst": "ALST", "tensor": "Megatron-SP"}
+    names |= {"ulysses": "Ulysses, ALST", "ulysses+liger": "Ulysses, Liger"}
     name = names.get(row["contender"], row["contender"])
     if row["contender"].startswith("fpdt"):
         settings = dict(row.get("fpdt", {}))
