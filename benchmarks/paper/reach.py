@@ -1,0 +1,157 @@
+"""
+The longest sequence that a strategy trains, by bisection: what limits it in the FPDT paper's figure 11 (arXiv 2408.16978).
+
+    python -m benchmarks.paper.reach --strategies sdpa,liger,chunks --time-limit 480 --out reach.json
+    python -m benchmarks.paper.reach --strategies fpdt --start 1048576 --most 2097152 --out reach_fpdt.json
+
+Method: tries as `train_step.py` makes them, each in a fresh process: one layer runs one whole step, and the GPU memory of the
+other layers of the real model is held (`ballast.py`): weights, gradients and what each keeps for the backward. Lengths are
+doubled or halved from `--start` until one fits and one does not, then the gap is halved to 5%. Running out of memory, on the
+GPU or the host, ends a length; a try that fails otherwise, or comes too late, ends the strategy. Every try is a row, and a last
+row of each strategy says what it reached: the longest that ran, and the shortest that did not (none: all up to `--most` ran).
+
+What absent layers keep in host memory is held with `--host`, on machines that have it. Without, the reach is that of the GPU,
+and `host_gib_for_all` says what the whole model keeps there. `--go-on reach.json` does not repeat the tries of that file.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+from benchmarks.ahead import run_ahead
+from benchmarks.ballast import kept_bytes
+from benchmarks.point import Spec, command
+from benchmarks.result_files import read_calls, table, write_rows
+from benchmarks.shapes import DEPTHS, kv_dim, model_config, query_dim
+from benchmarks.train_step import row_of
+
+STRATEGIES = {  # a contender, and settings of hf_fpdt
+    "sdpa": ("sdpa", {}),
+    "liger": ("liger", {}),
+    "alst": ("alst", {}),
+    "chunks": ("fpdt", {"offload": "none", "recompute": True, "save_attention": False}),
+    "fpdt": ("fpdt", {"offload": "host", "recompute": True, "save_attention": False, "kv": "streamed"}),
+}
+_STEP = 1024  # tokens; every length is a multiple
+
+
+def main():
+    args = _arguments()
+    started = time.monotonic()
+    before = [row for path in args.go_on for call in read_calls(path) for row in call["rows"]]
+    rows = [row for row in before if "reached" not in row and "not_run" not in row]
+    for name in args.strategies.split(","):
+
+        def fits(seq_len: int, name: str = name) -> bool | None:
+            this = {"strategy": name, "shape": args.shape, "seq_len": seq_len, "host_held": args.host}
+            known = next((row for row in rows if all(row.get(key) == value for key, value in this.items())), None)
+            if known is None:
+                left = args.time_limit is None or time.monotonic() - started < args.time_limit
+                known = this | _tried(spec_of(name, args, seq_len), left, args.time_limit)
+                rows.append(known)
+                print(table([known])[0], flush=True)
+                write_rows("paper.reach", args.out, rows)
+            return verdict(known)
+
+        longest, shortest = search(fits, args.start, args.most, args.tolerance)
+        rows.append(reached(name, args, longest, shortest))
+        print(f"{name}: reached {longest:,} tokens, not {shortest if shortest is None else format(shortest, ',')}", flush=True)
+        write_rows("paper.reach", args.out, rows)
+
+
+def _arguments(words: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategies", default="sdpa,liger,chunks,fpdt", help=f"of {', '.join(STRATEGIES)}")
+    parser.add_argument("--shape", default="llama-3.1-8b", help=f"of {', '.join(DEPTHS)}")
+    parser.add_argument("--start", type=int, default=131072, metavar="TOKENS", help="the first length")
+    parser.add_argument("--most", type=int, default=4194304, metavar="TOKENS", help="no longer length is tried")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="between what fits and what does not, as a fraction")
+    parser.add_argument("--host", action="store_true", help="hold the absent layers' host memory too; hf_fpdt only")
+    parser.add_argument("--go-on", nargs="*", default=[], metavar="FILE", help="results whose tries are not run again")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="tries not started by then are not run")
+    parser.add_argument("--out", default="reach.json", help="JSON file, written after every try")
+    args = parser.parse_args(words)
+    if unknown := [name for name in args.strategies.split(",") if name not in STRATEGIES]:
+        raise ValueError(f"--strategies: got {', '.join(unknown)}; some of {', '.join(STRATEGIES)} are needed.")
+    if args.shape not in DEPTHS:
+        raise ValueError(f"--shape {args.shape}: a model whose depth is known is needed, one of {', '.join(DEPTHS)}.")
+    if not (_STEP <= args.start <= args.most and 0 < args.tolerance < 1):
+        raise ValueError(
+            f"--start {args.start}, --most {args.most}, --tolerance {args.tolerance}: {_STEP} tokens at least, no more than "
+            "--most, and a fraction between 0 and 1 are needed."
+        )
+    if args.host and (others := [name for name in args.strategies.split(",") if name != "fpdt"]):
+        raise ValueError(f"--host with {', '.join(others)}: only the strategy fpdt moves tensors to host memory of its own.")
+    return args
+
+
+def spec_of(name: str, args, seq_len: int) -> Spec:
+    """One try: one layer runs, the rest of the depth is held."""
+    contender, settings = STRATEGIES[name]
+    absent = DEPTHS[args.shape] - 1
+    host = absent * _host_bytes(args.shape, settings) * seq_len / 2**30 if args.host else 0.0
+    return Spec(
+        contender=contender,
+        seq_len=seq_len,
+        shape=args.shape,
+        layers=1,
+        repeats=0,
+        fpdt=settings,
+        ballast_layers=absent,
+        ballast_kept=True,
+        ballast_host_gib=host,
+    )
+
+
+def _host_bytes(shape: str, settings: dict) -> int:
+    """A token and layer of hf_fpdt with `offload="host"`: input, K and V, and with `save_attention` what attention gave."""
+    if settings.get("offload") != "host":
+        return 0
+    config = model_config(shape, 1)
+    saved = 2 * query_dim(config) + 4 * config.num_attention_heads if settings["save_attention"] else 0
+    return 2 * config.hidden_size + 4 * kv_dim(config) + saved
+
+
+def _tried(spec: Spec, in_time: bool, time_limit: float | None) -> dict:
+    (outcome,) = run_ahead([command(spec)], lambda: in_time)
+    return row_of(spec, outcome, time_limit)
+
+
+def verdict(row: dict) -> bool | None:
+    """Whether the length of a try fits; None: it ended otherwise, or was not run."""
+    if row.get("out_of_memory"):
+        return False
+    return True if "step_s" in row and "error" not in row else None
+
+
+def search(fits: Callable[[int], bool | None], start: int, most: int, tolerance: float) -> tuple[int, int | None]:
+    """
+    The longest length that fits and the shortest that does not, in multiples of 1,024 tokens; 0 if none did, and None if all up
+    to `most` did. Lengths are asked once each. Where `fits` knows no answer the search ends with what it has.
+    """
+    good, bad, length = 0, None, start // _STEP * _STEP
+    while length > 0:
+        answer = fits(length)
+        if answer is None:
+            break
+        good, bad = (length, bad) if answer else (good, length)
+        if bad is None:
+            length = min(2 * good, most // _STEP * _STEP)
+        else:
+            length = (bad // 2 if good == 0 else (good + bad) // 2) // _STEP * _STEP
+        if length <= good or (bad is not None and bad - good <= max(tolerance * good, _STEP)):
+            break
+    return good, bad
+
+
+def reached(name: str, args, longest: int, shortest: int | None) -> dict:
+    """The last row of a strategy."""
+    contender, settings = STRATEGIES[name]
+    host = DEPTHS[args.shape] * _host_bytes(args.shape, settings) * longest / 2**30
+    kept = kept_bytes(model_config(args.shape, 1), contender, settings)
+    row = {"strategy": name, "contender": contender, "shape": args.shape, "reached": longest, "out_of_memory_at": shortest}
+    return row | {"kept_bytes_a_token_and_layer": kept, "host_gib_for_all": host, "fpdt": settings}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The search for the longest sequence."""
+
+import json
+
+import pytest
+
+from benchmarks import ballast
+from benchmarks.ahead import Outcome
+from benchmarks.paper import reach
+from benchmarks.result_files import read_calls
+from benchmarks.shapes import model_config
+
+K = 1024
+
+
+@pytest.mark.parametrize("limit", [3 * K, 40_000, 131072, 131073, 300_000, 524288, 2_000_000])
+@pytest.mark.parametrize("start", [K, 131072, 1 << 20])
+def test_the_search_ends_within_five_percent(limit, start):
+    asked = []
+
+    def fits(length):
+        asked.append(length)
+        return length <= limit
+
+    good, bad = reach.search(fits, start, 1 << 22, 0.05)
+    assert good <= limit < bad
+    assert bad - good <= max(0.05 * good, K)
+    assert len(asked) == len(set(asked)) <= 16
+    assert all(length % K == 0 for length in asked)
+
+
+def test_the_ends_of_the_search():
+    assert reach.search(lambda n: True, 131072, 1 << 20, 0.05) == (1 << 20, None)
+    assert reach.search(lambda n: True, 131072, 131072, 0.05) == (131072, None)
+    assert reach.search(lambda n: False, 131072, 1 << 20, 0.05) == (0, K)
+    assert reach.search(lambda n: None, 131072, 1 << 20, 0.05) == (0, None)
+    answers = {131072: True, 262144: False, 196608: None}
+    assert reach.search(answers.get, 131072, 1 << 20, 0.05) == (131072, 262144)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--strategies", "fpdt,ring"], "got ring"),
+        (["--shape", "tiny"], "--shape tiny"),
+        (["--start", "8"], "--start 8"),
+        (["--start", "8192", "--most", "4096"], "--most 4096"),
+        (["--tolerance", "0"], "--tolerance 0"),
+        (["--strategies", "sdpa,fpdt", "--host"], "--host with sdpa"),
+    ],
+)
+def test_bad_options(words, text):
+    with pytest.raises(ValueError, match=text):
+        reach._arguments(words)
+
+
+def test_a_try_is_a_model_of_the_real_depth():
+    for name in reach.STRATEGIES:
+        spec = reach.spec_of(name, reach._arguments(["--strategies", name]), 131072)
+        assert (spec.layers, spec.ballast_layers, spec.repeats) == (1, 31, 0)
+        ballast.kept_bytes(model_config(spec.shape, 1), spec.contender, spec.fpdt)
+        assert spec.ballast_host_gib == 0
+    spec = reach.spec_of("fpdt", reach._arguments(["--strategies", "fpdt", "--host"]), 131072)
+    assert spec.ballast_host_gib == 31 * 2 * (4096 + 2 * 1024) * 131072 / 2**30
+
+
+def test_every_try_is_a_row_and_is_not_repeated(tmp_path, monkeypatch, capsys):
+    """A model that holds 300,000 tokens; then a second run that has nothing left to try."""
+    tries = []
+
+    def run(commands, may_go):
+        assert may_go()
+        seq_len = json.loads(commands[0][-1])["seq_len"]
+        tries.append(seq_len)
+        found = {"step_s": 1.0, "first_step_s": 1.0, "host_gib": 0.0, "model_tflops": 1.0, "gpu": "G"}
+        row = found if seq_len <= 300_000 else {"out_of_memory": True}
+        return [Outcome(0, json.dumps({"row": row}), "", 1.0)]
+
+    monkeypatch.setattr(reach, "run_ahead", run)
+    out = tmp_path / "reach.json"
+    words = ["reach", "--strategies", "liger", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    reach.main()
+    *rows, last = read_calls(out)[0]["rows"]
+    assert [row["seq_len"] for row in rows] == tries
+    assert last["reached"] <= 300_000 < last["out_of_memory_at"]
+    assert last["kept_bytes_a_token_and_layer"] == 8192
+    assert "liger: reached" in capsys.readouterr().out
+    count = len(tries)
+    monkeypatch.setattr("sys.argv", [*words, "--go-on", str(out)])
+    reach.main()
+    assert len(tries) == count
+    assert read_calls(out)[0]["rows"] == [*rows, last]
+
+
+def test_what_a_try_says():
+    assert reach.verdict({"out_of_memory": True}) is False
+    assert reach.verdict({"step_s": 1.0}) is True
+    assert reach.verdict({"step_s": 1.0, "error": "NaN"}) is None
+    assert reach.verdict({"not_run": "late"}) is None
