@@ -225,6 +225,14 @@ def test_the_picture_of_efficiency(tmp_path):
             efficiency.series_of(bad)
 
 
+def test_results_of_the_papers_figures_say_how_they_were_made():
+    for path in (ROOT / "benchmarks" / "results" / "paper").glob("*.json"):
+        for call in read_calls(path):
+            assert call["header"]["command"].startswith("python -m benchmarks."), path
+            assert all(call["header"][name] for name in ("commit", "gpu", "torch", "transformers", "date")), path
+            assert call["rows"], path
+
+
 def test_the_commands_for_efficiency_can_be_given():
     import shlex
 
