@@ -43,7 +43,7 @@ def commands() -> list[tuple[str, int]]:
         if shape in _LONGEST:
             one = "--seq-lens 2097152 --layers 1 --ballast-layers 31 --ballast-kept --repeats 0"
             found.append((f"{start} fpdt {one} --fpdt '{_STREAMED}' --out {shape}_longest.json", 290))
-    shared = "python -m benchmarks.shared_step --gpus 2 --repeats 1 --contenders"
+    shared = "python -m benchmarks.shared_step --gpus 2 --repeats 1 --time-limit 540 --contenders"
     one = json.dumps(OFFLOADED, separators=(",", ":"))
     return [
         *found,
