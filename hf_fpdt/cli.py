@@ -3,6 +3,7 @@ The command `hf-fpdt`.
 
     hf-fpdt plan MODEL --seq-len 131072 [--lora 16] [--gpu-memory 80GiB] [--json] [--plot memory.png]
     hf-fpdt plan MODEL --longest ...
+    hf-fpdt bench [--out rates.json]
     hf-fpdt env
 """
 
@@ -17,12 +18,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .attention_interface import NAME
+from .bench import measure_rates
 from .config import FPDTConfig
 from .environment import report
 from .host_arena import HostMemoryError
 from .model_plan import device_limit
 from .plan_report import GIB, as_json, by_length, draw, longest
 from .planning import plan
+from .rates import as_lines, cached_path, of_this_machine
 from .step_plan import DeviceMemoryError
 
 _UNITS = {"": GIB, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": GIB, "tb": 10**12, "tib": 2**40}
@@ -51,6 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     env = commands.add_parser("env", help="what a bug report has to say about this machine")
     env.set_defaults(run=_env)
+    bench = commands.add_parser(
+        "bench",
+        help="measure what this machine's GPU does in a second, by which plan tells the time of a step",
+        description="Takes about a minute. The result is kept for this user, and `hf-fpdt plan` finds it.",
+    )
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command")
+    bench.add_argument("--seconds", type=float, default=1.0, help="of every kind of work (default: 1)")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write it here instead, to plan on another machine")
     one = commands.add_parser(
         "plan",
         help="what a training step would take, without a GPU and without weights",
@@ -75,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--recompute", choices=_YES_NO, default="auto", help="run layers again in the backward")
     one.add_argument("--save-attention", choices=_YES_NO, default="auto", help="not to compute attention twice")
     one.add_argument("--kernel", default="auto", help="attention kernel (default: the fastest)")
-    one.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
+    one.add_argument("--rates", metavar="GPU|FILE", help="tell the time by these: h200, or what `hf-fpdt bench --out` wrote")
+    one.add_argument("--liger", action="store_true", help="tell the time as with Liger's kernels")
+    one.add_argument("--json", action="store_true", help="print JSON, memory in bytes, times in seconds")
     one.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against length; needs matplotlib")
     return parser
 
@@ -88,12 +102,29 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench on a machine without a GPU: run it where the GPU is, or try it with --device cpu.")
+    if not 0 < args.seconds < 3600 or (args.out is not None and args.out.suffix != ".json"):
+        raise ValueError(f"--seconds {args.seconds} --out {args.out}: seconds from 0 to 3600 and a file.json are needed.")
+    rates = measure_rates(torch.device(args.device), args.seconds)
+    path = args.out or cached_path(rates.gpu)
+    rates.save(path)
+    for line in as_lines(rates):
+        print(line)
+    print(f"Written to {path}.")
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     config, model = _settings(args), _model(args)
-    if args.longest:
-        found = longest(model, args.batch_size, config)
-    else:
-        found = plan(model, seq_len=args.seq_len, batch_size=args.batch_size, config=config)
+    if args.rates is None and of_this_machine() is None and args.liger:
+        raise ValueError("--liger changes the time, and no rates are known: name them with --rates, or run `hf-fpdt bench`.")
+    length = longest(model, args.batch_size, config).seq_len if args.longest else args.seq_len
+    timing = {"rates": args.rates, "fused": args.liger}
+    found = plan(model, seq_len=length, batch_size=args.batch_size, config=config, **timing)
+    if args.rates is not None and found.time is None:
+        raise ValueError(f"--rates {args.rates} --dtype {args.dtype}: there are rates of 16-bit weights, and none of disks.")
     if args.json:
         print(json.dumps(as_json(found), indent=2))
     else:

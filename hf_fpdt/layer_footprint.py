@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,15 +14,20 @@ from .head_split import HeadGroup
 from .kernel_memory import AttentionProblem, backward_bytes
 from .layer_chunk import GraphChunk, LayerCall, run_chunk
 from .memory_model import ATTENTION_BACKWARD, FORWARD_DONE, LayerFootprint
+from .operations import LayerWork, operations_of
 from .run_state import AutocastState, preserved_random_state
 
 
-def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) -> LayerFootprint:
+def footprint_of_layer(
+    call: LayerCall, x: Tensor, weights: Sequence[Tensor], *, timed: bool = False, fused: bool = False
+) -> LayerFootprint:
     """
     Args:
         call: as for a streamed layer; its `arguments` are called with spans inside `x`.
         x: `[batch, tokens, hidden]`, at least two tokens.
         weights: the layer's trainable parameters.
+        timed: record what the layer computes as well, its `work`.
+        fused: as in `OperationRecorder`.
     """
     (batch, tokens), ranks = x.shape[:2], call.exchange.size
     store, autocast, x = _NoAttention(), AutocastState(x.device.type), _part_of_longer(x.detach())
@@ -44,7 +50,9 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
     with preserved_random_state(x.device):
         y = run_once(tokens, MemoryRecorder(), needs_grad=False)[1]
         grad_y = _part_of_longer(torch.zeros_like(y))
-        traces = [footprint_of(run, (tokens // 2, tokens), _weight_sizes(weights)) for run in (forward, backward)]
+        lengths, unseen = (tokens // 2, tokens), MemoryRecorder()
+        traces = [footprint_of(run, lengths, _weight_sizes(weights)) for run in (forward, backward)]
+        computed = [operations_of(partial(_swapped, run, unseen), lengths, fused=fused) for run in (forward, backward) if timed]
     problem = store.problem
     # A token of this process is `ranks` tokens of its heads, which attend in groups.
     key_value = ranks * store.kv_heads * (problem.head_dim + problem.value_dim)
@@ -60,7 +68,12 @@ def footprint_of_layer(call: LayerCall, x: Tensor, weights: Sequence[Tensor]) ->
         workspace=lambda *tokens: store.workspace(*(ranks * count for count in tokens)),
         forward=traces[0],
         backward=traces[1],
+        work=LayerWork(*computed, store.heads, problem.head_dim, problem.value_dim, batch) if timed else None,
     )
+
+
+def _swapped(run, recorder: MemoryRecorder, length: int) -> None:
+    run(length, recorder)
 
 
 def _part_of_longer(x: Tensor) -> Tensor:

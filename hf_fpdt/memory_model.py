@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .footprint import Footprint
+from .operations import LayerWork, LossWork
 
 ATTENTION_BACKWARD, FORWARD_DONE = "attention_backward", "forward_done"
 _INDEX_BYTES = 40  # a token: ids, labels, positions, in int64
@@ -55,6 +56,7 @@ class LayerFootprint:
             time, takes at its peak.
         forward: one chunk of every sequence of the batch, without gradients; its tokens are those of one sequence.
         backward: the same with gradients, to the mark `FORWARD_DONE`, then its backward, with the mark `ATTENTION_BACKWARD`.
+        work: what it computes, if that was asked for.
     """
 
     hidden: float
@@ -67,6 +69,7 @@ class LayerFootprint:
     workspace: Callable[[int, int, int], int]
     forward: Footprint
     backward: Footprint
+    work: LayerWork | None = None
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,13 @@ class LossFootprint:
     Args:
         chunk: one chunk: logits, their gradient, and the gradient of the head's weights.
         head_grads, head_sums: the gradient of the head's weights, and its fp32 sums; 0 for a frozen head.
+        work: what it computes.
     """
 
     chunk: int
     head_grads: int
     head_sums: int
+    work: LossWork
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from .group_agreement import check_same, least
 from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .host_limits import RESERVE_BYTES, available_host_bytes, processes_on_host
 from .memory_model import LossFootprint, ModelFootprint
+from .operations import LossWork
 from .placement import Limits
 from .run_state import autocast_dtype, preserved_random_state
 from .sequence_layout import SequenceLayout
-from .step_plan import Plan, make_plan, simple_plan
+from .step_plan import Plan, Timing, make_plan, simple_plan
 from .streamed_pass import MeasuringPass, running
 from .transfers import transfers_for
 
@@ -73,8 +74,10 @@ def forget_plans(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure, layout, exchange) -> Plan:
-    """A plan made now; the arguments are those of `plan_of_call`."""
+def new_plan(
+    model, layers, head, tokens: Tensor, config: FPDTConfig, measure, layout, exchange, timing: Timing | None = None
+) -> Plan:
+    """A plan made now, with its time if `timing` is given; the other arguments are those of `plan_of_call`."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     batch_size, local_len = tokens.shape[:2]
     device = tokens.device
@@ -88,7 +91,7 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure, l
         )
     if no_backward or local_len < 2 or sharded or (kind != "cuda" and config.gpu_memory == "auto"):
         return simple_plan(config, batch_size, layout, kind, len(layers))
-    measured = _measuring_pass(layout, config, exchange)
+    measured = _measuring_pass(layout, config, exchange, timing)
     try:
         with preserved_random_state(device), _without_hooks(model), running(measured):
             measure(measured)
@@ -115,7 +118,8 @@ def new_plan(model, layers, head, tokens: Tensor, config: FPDTConfig, measure, l
     head_grads = 0 if footprint.loss is None else footprint.loss.head_grads
     reserve = (0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads)
     limits = _agreed(exchange.group, config, device, footprint.resident, reserve)
-    return make_plan(footprint, config, limits, batch_size=batch_size, layout=layout, device_type=kind)
+    rates = None if timing is None else timing.rates
+    return make_plan(footprint, config, limits, batch_size=batch_size, layout=layout, device_type=kind, rates=rates)
 
 
 def layout_of(tokens: Tensor, config: FPDTConfig, sp_size: int) -> SequenceLayout:
@@ -132,9 +136,11 @@ def device_type_of(device: torch.device) -> str:
     return "cuda" if device.type == "meta" else device.type
 
 
-def _measuring_pass(layout: SequenceLayout, config: FPDTConfig, exchange) -> MeasuringPass:
+def _measuring_pass(layout: SequenceLayout, config: FPDTConfig, exchange, timing: Timing | None) -> MeasuringPass:
     alone = exchange if exchange.size == 1 else MeasuredExchange(exchange.size, exchange.rank, exchange.most_groups)
-    return MeasuringPass(min(layout.local_len, MEASURED_TOKENS), layout.seq_len, config.kernel, alone)
+    fused = timing is not None and timing.fused
+    length = min(layout.local_len, MEASURED_TOKENS)
+    return MeasuringPass(length, layout.seq_len, config.kernel, alone, timed=timing is not None, fused=fused)
 
 
 def _agreed(group, config: FPDTConfig, device: torch.device, resident: int, reserve: int) -> Limits:
@@ -222,4 +228,5 @@ def _loss(head: nn.Module, tokens: int, hidden_bytes: float, device_type: str) -
     chunk, chunks = loss_chunk_bytes(head.out_features, tokens, hidden_bytes, itemsize, device_type)
     grads = sum(weight.nbytes for weight in trainable)
     sums = sum(weight.numel() * max(weight.element_size(), 4) for weight in trainable) if chunks > 1 else 0
-    return LossFootprint(chunk + grads, grads, sums)
+    work = LossWork(sum(weight.numel() for weight in weights), head.out_features, itemsize, bool(trainable), chunks)
+    return LossFootprint(chunk + grads, grads, sums, work)

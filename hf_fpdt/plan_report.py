@@ -1,6 +1,7 @@
 """What `hf-fpdt plan` says besides a plan's own table: as JSON, the longest sequence that fits, memory against length."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ _SHORTEST, _LONGEST = 2048, 1 << 26
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Memory in bytes; one entry of `layers` for each layer, one of `rows` for what waits together."""
+    """Memory in bytes, times in seconds; one entry of `layers` for each layer, one of `rows` for what waits together."""
     peaks, limits = plan.peaks, plan.limits
     return {
         "batch_size": plan.batch_size,
@@ -27,6 +28,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "peaks": {"device": peaks.device, "phase": peaks.phase, "host": peaks.host, "disk": peaks.disk},
         "limits": {"device": limits.device, "host": limits.host, "reserve": limits.reserve},
         "rows": [{"tensors": name, "place": place, "bytes": round(size)} for name, place, size in plan.rows],
+        "time": None if plan.time is None else {"total": plan.time.total, **asdict(plan.time)},
         "layers": [{"keeps": placement.keeps, "place": placement.place} for placement in plan.placements],
     }
 

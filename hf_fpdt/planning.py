@@ -14,10 +14,19 @@ from .instance_forward import inner_forward
 from .layer_wiring import wire, without_checkpointing
 from .model_plan import layout_of, new_plan
 from .modeling import apply_fpdt, config_of, measure, restore, streamed_models, transformers_model
-from .step_plan import DeviceMemoryError, Plan
+from .rates import load, of_this_machine
+from .step_plan import DeviceMemoryError, Plan, Timing
 
 
-def plan(model: nn.Module, *, seq_len: int, batch_size: int = 1, config: FPDTConfig | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    *,
+    seq_len: int,
+    batch_size: int = 1,
+    config: FPDTConfig | None = None,
+    rates: str | None = None,
+    fused: bool = False,
+) -> Plan:
     """
     The plan that a training step on `batch_size` sequences of `seq_len` tokens would follow: where every layer waits for its
     backward, the chunk size, and the predicted peaks of GPU and host memory. `print` it for a table.
@@ -31,13 +40,20 @@ def plan(model: nn.Module, *, seq_len: int, batch_size: int = 1, config: FPDTCon
         seq_len (`int`): tokens of one sequence, at least 2.
         batch_size (`int`, *optional*, defaults to 1): sequences of one step, at least 1.
         config (`FPDTConfig`, *optional*): the settings; by default those of the model.
+        rates (`str`, *optional*): the GPU whose rates tell the step's time, `"h200"`, or a file that `hf-fpdt bench --out`
+            wrote; by default those of this machine's GPU, if they are known. They are of 16-bit weights: a model in float32
+            is given no time.
+        fused (`bool`, *optional*, defaults to `False`): predict the time as with Liger's kernels, which a model on the meta
+            device cannot run. Those in a model on a GPU are seen without.
 
     Returns:
-        `Plan`, with `chunk_size`, `placements` and `peaks` (`peaks.device`, `peaks.host`, `peaks.disk` in bytes).
+        `Plan`, with `chunk_size`, `placements`, `peaks` (`peaks.device`, `peaks.host`, `peaks.disk` in bytes) and `time`
+        (`time.total`, seconds of forward and backward).
 
     Raises:
         DeviceMemoryError, HostMemoryError: if no plan fits.
-        ValueError: for a model that cannot be streamed, sizes below the least, or a meta model without `gpu_memory`.
+        ValueError: for a model that cannot be streamed, sizes below the least, rates that are not there, or a meta model
+            without `gpu_memory`.
     """
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -49,17 +65,25 @@ def plan(model: nn.Module, *, seq_len: int, batch_size: int = 1, config: FPDTCon
             'plan(model on the meta device, gpu_memory="auto"): there is no GPU to ask. Pass '
             "config=FPDTConfig(gpu_memory=bytes)."
         )
+    found = of_this_machine() if rates is None else load(rates)
+    timing = None
+    if found is not None and base.dtype.itemsize == 2:
+        timing = Timing(found, fused or _has_fused_kernels(base))
     previous = base.config._attn_implementation
     try:
         if previous != NAME:
             apply_fpdt(base, config)
-        return _plan(base, config, batch_size, seq_len)
+        return _plan(base, config, batch_size, seq_len, timing)
     finally:
         if previous != NAME:
             restore(base)
 
 
-def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int) -> Plan:
+def _has_fused_kernels(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("liger_kernel.") for module in model.modules())
+
+
+def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int, timing: Timing | None) -> Plan:
     owner, layers = streamed_models(base)[0]
     wire(owner, layers)
     head = base.get_output_embeddings()
@@ -70,7 +94,7 @@ def _plan(base: nn.Module, config: FPDTConfig, batch_size: int, seq_len: int) ->
     with torch.enable_grad(), without_checkpointing(layers):
         run = partial(measure, inner_forward(owner), arguments, seq_len)
         try:
-            return new_plan(owner, layers, head, ids, config, run, layout_of(ids, config, 1), NoExchange())
+            return new_plan(owner, layers, head, ids, config, run, layout_of(ids, config, 1), NoExchange(), timing)
         except (RuntimeError, NotImplementedError) as error:
             if base.device.type != "meta" or isinstance(error, HostMemoryError | DeviceMemoryError):
                 raise

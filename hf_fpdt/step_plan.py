@@ -12,7 +12,9 @@ from .config import FPDTConfig
 from .host_arena import HostMemoryError
 from .memory_model import LayerPlacement, MemoryModel, ModelFootprint, Peaks
 from .placement import Limits, PlacementSearch
+from .rates import Rates
 from .sequence_layout import SequenceLayout
+from .step_time import StepTime, TimeModel
 
 _GIB = 2**30
 _NAMES = {
@@ -23,6 +25,20 @@ _SMALLER_CHUNKS = (1, 2, 4, 8)  # divisors of the preferred chunk, tried in this
 
 class DeviceMemoryError(RuntimeError):
     """A step needs more memory of the device than there is."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """
+    What a plan's time is told by.
+
+    Args:
+        rates: of the machine.
+        fused: whether fused kernels run norms, rotary embedding and activations (Liger).
+    """
+
+    rates: Rates
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Plan:
         rows: `(tensor, place, bytes)` of what waits for the backward.
         limits: what the prediction was held against.
         sp_size: processes that share a sequence.
+        time: predicted for forward and backward, if rates were given.
     """
 
     batch_size: int
@@ -48,6 +65,7 @@ class Plan:
     rows: tuple[tuple[str, str, float], ...] = ()
     limits: Limits | None = None
     sp_size: int = 1
+    time: StepTime | None = None
 
     @property
     def layout(self) -> SequenceLayout:
@@ -83,7 +101,12 @@ class Plan:
                 of = "" if limit is None else f" of {limit / _GIB:.2f}"
                 phase = f", {self.peaks.phase}" if place == "device" else ""
                 lines.append(f"  {'predicted peak' + phase:<44}{place:<8}{size / _GIB:>9.2f} GiB{of}")
-        return lines
+        return lines + ([] if self.time is None else [self._seconds()])
+
+    def _seconds(self) -> str:
+        time, tokens = self.time, self.batch_size * self.seq_len
+        line = f"  {'predicted time, forward and backward':<44}{'':<8}{time.total:>9.2f} s, {tokens / time.total:,.0f} tokens/s"
+        return line + (f", {time.waited:.2f} s of it waiting for copies" if time.waited > 0.005 * time.total else "")
 
 
 def simple_plan(config: FPDTConfig, batch_size: int, layout: SequenceLayout, device_type: str, num_layers: int) -> Plan:
@@ -108,6 +131,7 @@ def make_plan(
     batch_size: int,
     layout: SequenceLayout,
     device_type: str,
+    rates: Rates | None = None,
 ) -> Plan:
     """
     The fastest plan that fits. In a sequence-parallel group the chunks are those of `layout`, by which the tokens were spread;
@@ -127,7 +151,8 @@ def make_plan(
         if placements is not None:
             rows = tuple(_rows(memory, placements))
             peaks = memory.peaks(placements)
-            return Plan(batch_size, layout.seq_len, chunk, stream_kv, placements, peaks, rows, limits, ranks)
+            time = None if rates is None else TimeModel(memory, rates).step(placements)
+            return Plan(batch_size, layout.seq_len, chunk, stream_kv, placements, peaks, rows, limits, ranks, time)
         cheapest = memory.peaks(search.nearest(), reserve=limits.reserve, grads_held=True)
         least = cheapest if least is None or cheapest.device < least.device else least
     raise _shortage(least, limits, config)

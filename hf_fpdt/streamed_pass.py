@@ -92,11 +92,22 @@ class MeasuringPass:
 
     Args:
         whole_len: tokens of the sequence that is planned: a window that is as long is none.
+        timed, fused: as in `footprint_of_layer`.
     """
 
     stream_kv, places, segments = False, None, None  # nothing is kept and nobody attends
 
-    def __init__(self, local_len: int, whole_len: int, kernel: str, exchange: NoExchange | MeasuredExchange):
+    def __init__(
+        self,
+        local_len: int,
+        whole_len: int,
+        kernel: str,
+        exchange: NoExchange | MeasuredExchange,
+        *,
+        timed: bool = False,
+        fused: bool = False,
+    ):
+        self._measured = {"timed": timed, "fused": fused}
         self.local_len, self.seq_len, self.whole_len = local_len, local_len * exchange.size, whole_len
         self.kernel, self.exchange = kernel, exchange
         self.spans, self.store_spans = [(0, local_len)], [(0, self.seq_len)]
@@ -115,7 +126,7 @@ class MeasuringPass:
 
     def run(self, call: LayerCall, x: Tensor, weights: Sequence[Tensor], kind: Hashable) -> Tensor:
         if kind not in self._known:
-            self._known[kind] = footprint_of_layer(call, x, weights)
+            self._known[kind] = footprint_of_layer(call, x, weights, **self._measured)
             self.argument_bytes = max(self.argument_bytes, _bytes_a_token(call.arguments((0, self.local_len)), x))
         self.layers.append(self._known[kind])
         return x
