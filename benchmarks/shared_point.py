@@ -311,7 +311,7 @@ def _memory(device: str) -> dict:
     found = [_host_gib(device)]
     if device == "cuda":
         found += [torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30]
-    most = torch.tensor(found, device=device)
+    most = torch.tensor(found, device=device, dtype=torch.float64)  # the default dtype is that of the weights
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return dict(zip(("host_gib", "peak_gib", "reserved_gib"), most.tolist(), strict=False))
 

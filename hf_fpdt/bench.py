@@ -18,6 +18,7 @@ from .attention_kernels import AttentionKernel, ScoreRule
 from .causal_attention import attend_prefix, attend_prefix_backward
 from .flops import attention_flops
 from .kernel_choice import choose_kernel
+from .link_rate import rate_between
 from .rates import AttentionRates, Rates
 
 HEAD_DIMS = (64, 128, 256)
@@ -28,15 +29,19 @@ _OPERATIONS = 500  # of the chain that tells what an operation takes at least
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Tokens of a chunk, and earlier ones that it sees; a matrix; elements of a large tensor."""
+    """Tokens of a chunk, and earlier ones that it sees; a matrix; elements of a large tensor; bytes of an all-to-all."""
 
     chunk: int
     earlier: int
     matrix: tuple[int, int]
     elements: int
+    link_bytes: int
 
 
-_SIZES = {"cuda": _Sizes(16384, 65536, (4096, 14336), 1 << 29), "cpu": _Sizes(64, 128, (128, 256), 1 << 16)}
+_SIZES = {
+    "cuda": _Sizes(16384, 65536, (4096, 14336), 1 << 29, 1 << 28),
+    "cpu": _Sizes(64, 128, (128, 256), 1 << 16, 1 << 16),
+}
 
 
 def measure_rates(device: torch.device, seconds: float = 1.0) -> Rates:
@@ -53,6 +58,8 @@ def measure_rates(device: torch.device, seconds: float = 1.0) -> Rates:
         kernel = choose_kernel("auto", device, torch.bfloat16, head_dim, head_dim)
         attention[head_dim], kernels[str(head_dim)] = _attention(timer, kernel, head_dim, sizes), kernel.name
     to_host, to_device = _copies(timer, sizes.elements // 2)
+    # The processes that measure the link need a GPU each, this one's as well, whose tensors are gone by now.
+    link = rate_between(device.type, torch.cuda.device_count() if device.type == "cuda" else 2, sizes.link_bytes)
     name, size = "CPU", 0
     if device.type == "cuda":
         name, size = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
@@ -65,6 +72,7 @@ def measure_rates(device: torch.device, seconds: float = 1.0) -> Rates:
         to_host=to_host,
         to_device=to_device,
         attention=attention,
+        link=link,
         made={"date": date.today().isoformat(), "kernels": kernels} | {one: _version(one) for one in _PACKAGES},
     )
 

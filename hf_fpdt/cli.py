@@ -3,6 +3,7 @@ The command `hf-fpdt`.
 
     hf-fpdt plan MODEL --seq-len 131072 [--lora 16] [--gpu-memory 80GiB] [--json] [--plot memory.png]
     hf-fpdt plan MODEL --longest ...
+    hf-fpdt plan MODEL --seq-len 1048576 --gpus 8 [--zero 3] [--sp-size 8]
     hf-fpdt bench [--out rates.json]
     hf-fpdt env
 """
@@ -20,11 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .attention_interface import NAME
 from .bench import measure_rates
 from .config import FPDTConfig
+from .engine_memory import GPUS_A_HOST, STAGES
 from .environment import report
 from .host_arena import HostMemoryError
 from .model_plan import device_limit
-from .plan_report import GIB, as_json, by_length, draw, longest
-from .planning import plan
+from .plan_report import GIB, as_json, by_length, draw, fitting, launch_line, longest
+from .planning import engine_of, plan
 from .rates import as_lines, cached_path, of_this_machine
 from .step_plan import DeviceMemoryError
 
@@ -66,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser(
         "plan",
         help="what a training step would take, without a GPU and without weights",
-        description="Predicts GPU and host memory of one training step on one GPU that has its sequences to itself. Nothing is "
-        "trained or downloaded but the configuration. Gradients and an AdamW state in the weights' dtype are kept free.",
+        description="Predicts GPU and host memory of one training step, and of each GPU if there are several. Nothing is "
+        "trained or downloaded but the configuration. On one GPU gradients and an AdamW state in the weights' dtype are kept "
+        "free; with several DeepSpeed has fp32 weights and an AdamW state in pieces on them.",
     )
     one.set_defaults(run=_plan)
     one.add_argument("model", help="a folder or file with a config.json, or a name on the Hub")
@@ -78,8 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     one.add_argument("--lora", type=int, metavar="RANK", help="adapters of this rank, everything else frozen; needs peft")
     one.add_argument("--lora-targets", help="modules with adapters, by commas (default: all-linear)")
+    one.add_argument("--gpus", type=int, default=1, help="that train together under DeepSpeed, over all machines (default: 1)")
+    one.add_argument("--sp-size", type=int, metavar="N", help="GPUs that share every sequence (default: all)")
+    one.add_argument("--zero", type=int, choices=STAGES, help="ZeRO stage (default: 3 with several GPUs)")
     one.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="80GiB, 141GB, ... (default: this machine's GPU)")
-    one.add_argument("--host-memory", type=_size, metavar="SIZE", help="(default: what this machine can give)")
+    one.add_argument("--host-memory", type=_size, metavar="SIZE", help="of a machine (default: what this one can give)")
+    one.add_argument("--gpus-per-host", type=int, metavar="N", help=f"(default: all, up to {GPUS_A_HOST})")
     one.add_argument("--chunk-size", type=int, help="tokens of a chunk (default: chosen)")
     one.add_argument("--kv", choices=("auto", "resident", "streamed"), default="auto", help="K and V of the running layer")
     one.add_argument("--offload", choices=("auto", "none", "host", "disk"), default="auto", help="where layers wait")
@@ -120,26 +127,35 @@ def _plan(args: argparse.Namespace) -> int:
     config, model = _settings(args), _model(args)
     if args.rates is None and of_this_machine() is None and args.liger:
         raise ValueError("--liger changes the time, and no rates are known: name them with --rates, or run `hf-fpdt bench`.")
-    length = longest(model, args.batch_size, config).seq_len if args.longest else args.seq_len
-    timing = {"rates": args.rates, "fused": args.liger}
-    found = plan(model, seq_len=length, batch_size=args.batch_size, config=config, **timing)
+    asked = {"batch_size": args.batch_size, "gpus": args.gpus, "sp_size": args.sp_size, "zero": args.zero}
+    if args.longest:
+        config, length = longest(model, config, **asked)
+    else:
+        config, length = fitting(model, args.seq_len, config, **asked)[0], args.seq_len
+    found = plan(model, seq_len=length, config=config, rates=args.rates, fused=args.liger, **asked)
     if args.rates is not None and found.time is None:
-        raise ValueError(f"--rates {args.rates} --dtype {args.dtype}: there are rates of 16-bit weights, and none of disks.")
+        raise ValueError(
+            f"--rates {args.rates} --dtype {args.dtype}: there are rates of 16-bit weights, none of disks, and between GPUs "
+            "only where `hf-fpdt bench` had several."
+        )
+    engine = engine_of(model, args.gpus, args.sp_size, args.zero)
+    launch = None if engine is None else launch_line(engine, config)
     if args.json:
-        print(json.dumps(as_json(found), indent=2))
+        print(json.dumps(as_json(found) | {"launch": launch}, indent=2))
     else:
         print(found)
+        print("" if launch is None else f"  start it with  {launch}\n", end="")
         print(_about_positions(model, found.seq_len), end="")
     if args.plot is not None:
         title = f"{Path(args.model).name}{f', LoRA {args.lora}' if args.lora else ''}: one training step"
-        draw(list(by_length(model, found.seq_len, args.batch_size, config)), title, args.plot)
+        draw(list(by_length(model, found.seq_len, config, **asked)), title, args.plot)
     return 0
 
 
 def _settings(args: argparse.Namespace) -> FPDTConfig:
     if args.gpu_memory is None and not torch.cuda.is_available():
         raise ValueError("plan on a machine without a GPU: pass --gpu-memory, for example --gpu-memory 80GiB.")
-    given = {"gpu_memory": args.gpu_memory, "host_memory": args.host_memory, "chunk_size": args.chunk_size}
+    given = {"gpu_memory": args.gpu_memory, "host_memory": _share(args), "chunk_size": args.chunk_size}
     if args.gpu_memory is None:  # what a process that starts now could take
         given["gpu_memory"] = device_limit(FPDTConfig(), torch.device("cuda", torch.cuda.current_device()))
     return FPDTConfig(
@@ -151,6 +167,16 @@ def _settings(args: argparse.Namespace) -> FPDTConfig:
         save_attention=_YES_NO[args.save_attention],
         kernel=args.kernel,
     )
+
+
+def _share(args: argparse.Namespace) -> int | None:
+    """A process's part of the machine's memory."""
+    on_host = min(args.gpus, GPUS_A_HOST) if args.gpus_per_host is None else args.gpus_per_host
+    if on_host < 1 or args.gpus % on_host:
+        raise ValueError(f"--gpus {args.gpus} --gpus-per-host {args.gpus_per_host}: every machine needs as many, at least one.")
+    if args.host_memory is None and args.gpus_per_host is not None:
+        raise ValueError(f"--gpus-per-host {args.gpus_per_host} without --host-memory: name the memory that they share.")
+    return None if args.host_memory is None else args.host_memory // on_host
 
 
 def _model(args: argparse.Namespace) -> nn.Module:

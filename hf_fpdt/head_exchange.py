@@ -33,13 +33,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .head_split import ALL_HEADS, HeadGroup, HeadSplit
+from .link_rate import link_rate
 
 _logger = logging.getLogger(__name__)
 # Measured on two H200s with NVLink (250e9): groups hid more of the exchange, and the step took 0.5% to 1.6% longer. Links
 # between machines and PCIe have at most 60e9.
 FAST_LINK = 100e9  # bytes a second and process
 _MAX_GROUPS = 4
-_PROBE_BYTES = 1 << 25
 _most_groups: dict[tuple[int, ...], int] = {}  # by the ranks of a process group
 
 
@@ -123,7 +123,7 @@ class HeadExchange:
             return _MAX_GROUPS
         ranks = tuple(dist.get_process_group_ranks(self.group))
         if ranks not in _most_groups:  # nothing here refers to the group, which must go when its owner ends it
-            _most_groups[ranks] = _groups_over(_link_rate(self.group))
+            _most_groups[ranks] = _groups_over(link_rate(self.group, torch.device("cuda", torch.cuda.current_device())))
         return _most_groups[ranks]
 
     def own_heads(self, heads: int) -> slice:
@@ -262,23 +262,6 @@ def _groups_over(rate: float) -> int:
         "hf_fpdt: %.0f GB/s between the processes of a sequence: heads exchanged in up to %d groups", rate / 1e9, found
     )
     return found
-
-
-def _link_rate(group: dist.ProcessGroup) -> float:
-    """Bytes a second that leave a process in an all-to-all, of the slowest one; the best of three, after one to connect."""
-    sent = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
-    got, seconds = torch.empty_like(sent), []
-    for _ in range(4):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        dist.all_to_all_single(got, sent, group=group)
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    size = dist.get_world_size(group)
-    slowest = torch.tensor(min(seconds[1:]), device="cuda")
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-    return _PROBE_BYTES * (size - 1) / size / slowest.item()
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:

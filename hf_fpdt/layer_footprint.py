@@ -68,7 +68,7 @@ def footprint_of_layer(
         workspace=lambda *tokens: store.workspace(*(ranks * count for count in tokens)),
         forward=traces[0],
         backward=traces[1],
-        work=LayerWork(*computed, store.heads, problem.head_dim, problem.value_dim, batch) if timed else None,
+        work=LayerWork(*computed, store.heads, problem.head_dim, problem.value_dim, problem.itemsize, batch) if timed else None,
     )
 
 

@@ -99,6 +99,7 @@ class ModelFootprint:
         resident: bytes on the device before the step: weights, optimizer, gradients that are there.
         other_grads: bytes of the gradients of weights that belong to neither layers nor head.
         grads_held: whether `resident` has the gradients of all weights already.
+        passing: bytes of what an engine has under way in any phase: weights that it gathers, gradients that it reduces.
     """
 
     layers: Sequence[LayerFootprint]
@@ -107,6 +108,7 @@ class ModelFootprint:
     resident: int
     other_grads: int
     grads_held: bool
+    passing: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class MemoryModel:
         model = self.model
         held = grads_held or model.grads_held
         kept = [self.kept(layer, placement) for layer, placement in zip(model.layers, placements, strict=True)]
-        base = model.resident + reserve + (model.arguments + _INDEX_BYTES) * self._tokens
+        base = model.resident + model.passing + reserve + (model.arguments + _INDEX_BYTES) * self._tokens
         below = 0.0
         phases = []
         for index, layer in enumerate(model.layers):

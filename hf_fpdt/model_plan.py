@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .chunked_loss import loss_chunk_bytes
 from .config import FPDTConfig
+from .engine_memory import Engine
 from .group_agreement import check_same, least
 from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .host_limits import RESERVE_BYTES, available_host_bytes, processes_on_host
@@ -75,9 +77,25 @@ def forget_plans(model: nn.Module) -> None:
 
 
 def new_plan(
-    model, layers, head, tokens: Tensor, config: FPDTConfig, measure, layout, exchange, timing: Timing | None = None
+    model,
+    layers,
+    head,
+    tokens: Tensor,
+    config: FPDTConfig,
+    measure,
+    layout,
+    exchange,
+    *,
+    timing: Timing | None = None,
+    engine: Engine | None = None,
 ) -> Plan:
-    """A plan made now, with its time if `timing` is given; the other arguments are those of `plan_of_call`."""
+    """
+    A plan made now; the other arguments are those of `plan_of_call`.
+
+    Args:
+        timing: of its time, if that is asked for.
+        engine: what the model, which nobody has sharded, would be trained by.
+    """
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     batch_size, local_len = tokens.shape[:2]
     device = tokens.device
@@ -115,11 +133,33 @@ def new_plan(
         other_grads=grads - in_layers,
         grads_held=held,
     )
+    sharded = engine is not None and engine.shards_weights
     head_grads = 0 if footprint.loss is None else footprint.loss.head_grads
-    reserve = (0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads)
+    reserve = 0
+    if not sharded:
+        reserve = (0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads)
+    if engine is not None:
+        footprint, timing = _by_engine(engine, model, layers, head, footprint, timing)
     limits = _agreed(exchange.group, config, device, footprint.resident, reserve)
-    rates = None if timing is None else timing.rates
-    return make_plan(footprint, config, limits, batch_size=batch_size, layout=layout, device_type=kind, rates=rates)
+    if engine is not None and config.host_memory == "auto" and limits.host is not None:
+        limits = replace(limits, host=limits.host // engine.gpus_on_host)
+    kinds = {"batch_size": batch_size, "layout": layout, "device_type": kind}
+    return make_plan(footprint, config, limits, **kinds, timing=timing, sharded=sharded)
+
+
+def _by_engine(engine: Engine, model, layers, head, footprint: ModelFootprint, timing: Timing | None):
+    """Footprint and timing of a process of several, by what DeepSpeed holds, gathers and sends."""
+    heads = [] if head is None else [head]
+    weights = {id(weight): weight for module in (model, *heads) for weight in module.parameters()}.values()
+    trained, frozen = (sum(weight.numel() for weight in weights if weight.requires_grad == wanted) for wanted in (True, False))
+    together = [*layers, model.get_input_embeddings(), *heads]  # each is gathered at once
+    largest = max(sum(weight.numel() for weight in module.parameters()) for module in together)
+    largest_trained = max(sum(w.numel() for w in module.parameters() if w.requires_grad) for module in together)
+    held, passing = engine.held(trained, frozen), engine.passing(largest, largest_trained)
+    if engine.shards_weights:
+        footprint = replace(footprint, grads_held=True)
+    footprint = replace(footprint, resident=held, passing=passing)
+    return footprint, None if timing is None else replace(timing, sent=engine.sent(trained, frozen))
 
 
 def layout_of(tokens: Tensor, config: FPDTConfig, sp_size: int) -> SequenceLayout:

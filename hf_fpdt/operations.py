@@ -47,6 +47,7 @@ class LayerWork:
         forward: one chunk of every sequence of the batch, as in `LayerFootprint`, attention left out.
         backward: the same with gradients, then its backward.
         heads, head_dim, value_dim: of attention, of this process.
+        itemsize: bytes of an element of a query.
         batch: sequences.
     """
 
@@ -55,6 +56,7 @@ class LayerWork:
     heads: int
     head_dim: int
     value_dim: int
+    itemsize: int
     batch: int
 
 

@@ -1,20 +1,27 @@
 """What `hf-fpdt plan` says besides a plan's own table: as JSON, the longest sequence that fits, memory against length."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .config import FPDTConfig
+from .engine_memory import Engine
 from .host_arena import HostMemoryError
-from .planning import plan
+from .planning import engine_of, plan
 from .step_plan import DeviceMemoryError, Plan
 
 GIB = 2**30
 _STEP = 1024  # tokens; how exactly the longest sequence is told
 _SHORTEST, _LONGEST = 2048, 1 << 26
+_CONFIGS = {  # of accelerate_configs/
+    Engine(2, 2, 3): "fpdt_zero3_2gpu", Engine(4, 4, 3): "fpdt_zero3_4gpu", Engine(8, 8, 3): "fpdt_zero3_8gpu",
+    Engine(16, 16, 3): "fpdt_zero3_16gpu_2nodes", Engine(8, 4, 3): "fpdt_zero3_sp4_dp2_8gpu",
+    Engine(8, 8, 2): "fpdt_zero2_8gpu",
+}  # fmt: skip
+_CONFIG_OF_STAGE = {3: "fpdt_zero3_2gpu", 2: "fpdt_zero2_8gpu"}  # with other numbers
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -23,6 +30,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "batch_size": plan.batch_size,
         "seq_len": plan.seq_len,
+        "sp_size": plan.sp_size,
         "chunk_size": plan.chunk_size,
         "kv": "streamed" if plan.stream_kv else "resident",
         "peaks": {"device": peaks.device, "phase": peaks.phase, "host": peaks.host, "disk": peaks.disk},
@@ -33,46 +41,91 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def fitting(model: nn.Module, seq_len: int, batch_size: int, config: FPDTConfig) -> Plan | None:
-    """The plan for such sequences, None if none fits."""
-    try:
-        return plan(model, seq_len=seq_len, batch_size=batch_size, config=config)
-    except (DeviceMemoryError, HostMemoryError):
-        return None
-
-
-def longest(model: nn.Module, batch_size: int, config: FPDTConfig) -> Plan:
+def fitting(model: nn.Module, seq_len: int, config: FPDTConfig, **asked: Any) -> tuple[FPDTConfig, Plan]:
     """
-    The plan for the longest sequences that fit, to 1,024 tokens.
+    The first of the settings with which such sequences fit, and their plan. ZeRO-3 runs as it is told and chooses nothing, so
+    what `config` leaves open is chosen here: attention saved or computed again, K and V whole or streamed.
+
+    Args:
+        asked: as in `plan`.
+
+    Raises:
+        DeviceMemoryError, HostMemoryError: if none do.
+    """
+    engine = engine_of(model, asked.get("gpus", 1), asked.get("sp_size"), asked.get("zero"))
+    last = None
+    for settings in _variants(config) if engine is not None and engine.shards_weights else [config]:
+        try:
+            return settings, plan(model, seq_len=seq_len, config=settings, **asked)
+        except (DeviceMemoryError, HostMemoryError) as error:
+            last = error
+    raise last
+
+
+def _variants(config: FPDTConfig) -> Iterator[FPDTConfig]:
+    """From the fastest to the one that needs least."""
+    for kv in ("auto", "streamed") if config.kv == "auto" else (config.kv,):
+        for save_attention in ("auto", False) if config.save_attention == "auto" else (config.save_attention,):
+            yield replace(config, kv=kv, save_attention=save_attention)
+
+
+def longest(model: nn.Module, config: FPDTConfig, **asked: Any) -> tuple[FPDTConfig, int]:
+    """
+    The longest sequences that fit, to 1,024 tokens, and the settings with which they do, as in `fitting`.
 
     Raises:
         DeviceMemoryError, HostMemoryError: if not even 2,048 tokens do.
     """
-    best, too_long = plan(model, seq_len=_SHORTEST, batch_size=batch_size, config=config), _LONGEST
-    while 2 * best.seq_len <= _LONGEST:
-        found = fitting(model, 2 * best.seq_len, batch_size, config)
+    best, length, too_long = fitting(model, _SHORTEST, config, **asked)[0], _SHORTEST, _LONGEST
+    while 2 * length <= _LONGEST:
+        found = _fitting_or_none(model, 2 * length, config, asked)
         if found is None:
-            too_long = 2 * best.seq_len
+            too_long = 2 * length
             break
-        best = found
-    while too_long - best.seq_len > _STEP:
-        middle = (best.seq_len + too_long) // 2 // _STEP * _STEP
-        found = fitting(model, middle, batch_size, config)
-        best, too_long = (best, middle) if found is None else (found, too_long)
-    return best
+        best, length = found[0], 2 * length
+    while too_long - length > _STEP:
+        middle = (length + too_long) // 2 // _STEP * _STEP
+        found = _fitting_or_none(model, middle, config, asked)
+        if found is None:
+            too_long = middle
+        else:
+            best, length = found[0], middle
+    return best, length
 
 
-def by_length(model: nn.Module, most: int, batch_size: int, config: FPDTConfig) -> Iterator[Plan]:
+def _fitting_or_none(model: nn.Module, seq_len: int, config: FPDTConfig, asked: dict) -> tuple[FPDTConfig, Plan] | None:
+    try:
+        return fitting(model, seq_len, config, **asked)
+    except (DeviceMemoryError, HostMemoryError):
+        return None
+
+
+def by_length(model: nn.Module, most: int, config: FPDTConfig, **asked: Any) -> Iterator[Plan]:
     """Plans of 2,048 tokens, twice as many, and so on to `most`, as far as they fit."""
     length = _SHORTEST
     while True:
-        found = fitting(model, min(length, most), batch_size, config)
+        found = _fitting_or_none(model, min(length, most), config, asked)
         if found is None:
             return
-        yield found
+        yield found[1]
         if length >= most:
             return
         length *= 2
+
+
+def launch_line(engine: Engine, config: FPDTConfig) -> str:
+    """The command that trains by the plan; `train.py` stands for a script. What differs from the defaults is in variables."""
+    plain = FPDTConfig()
+    chosen = {one.name: getattr(config, one.name) for one in fields(config) if one.name not in ("gpu_memory", "host_memory")}
+    variables = [f"FPDT_{name.upper()}={value}" for name, value in chosen.items() if value != getattr(plain, name)]
+    name, more = _CONFIGS.get(engine), []
+    if name is None:
+        name = _CONFIG_OF_STAGE[engine.zero]
+        sizes = {"num_processes": engine.gpus, "parallelism_config_sp_size": engine.sp_size}
+        sizes |= {"parallelism_config_dp_replicate_size": engine.gpus // engine.sp_size} if engine.sp_size < engine.gpus else {}
+        more = [f"--{option} {size}" for option, size in sizes.items()]
+    start = f"accelerate launch --config_file accelerate_configs/{name}.yaml"
+    return " ".join([*variables, start, *more, "-m hf_fpdt.run train.py"])
 
 
 def draw(plans: list[Plan], title: str, path: Path) -> None:

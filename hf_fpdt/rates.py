@@ -42,6 +42,7 @@ class Rates:
         to_host, to_device: bytes a second from and to page-locked memory.
         attention: by head size.
         made: versions, kernel and date of the measurement.
+        link: bytes a second that leave a GPU in an all-to-all of the host's GPUs; None: not measured, as with one GPU.
     """
 
     gpu: str
@@ -53,6 +54,7 @@ class Rates:
     to_device: float
     attention: dict[int, AttentionRates]
     made: dict[str, Any]
+    link: float | None = None
 
     def attention_of(self, head_dim: int) -> AttentionRates:
         """Of the next larger head size that was measured, else the largest."""
@@ -105,6 +107,8 @@ def as_lines(rates: Rates) -> list[str]:
         ("an operation at least", f"{rates.launch * 1e6:.1f} us"),
         ("copies to the host, to the GPU", f"{rates.to_host / 1e9:.1f}, {rates.to_device / 1e9:.1f} GB/s"),
     ]
+    if rates.link is not None:
+        rows.append(("all-to-all, out of a GPU", f"{rates.link / 1e9:.0f} GB/s"))
     for size, one in rates.attention.items():
         speeds = (one.forward, one.backward, one.forward_diagonal, one.backward_diagonal)
         text = ", ".join(f"{speed / 1e12:.0f}" for speed in speeds)

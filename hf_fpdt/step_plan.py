@@ -5,7 +5,7 @@ What one training step will do and take: chunk size, where K and V of the runnin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .chunking import auto_chunk_tokens, resolve_chunk_size
 from .config import FPDTConfig
@@ -21,6 +21,10 @@ _NAMES = {
     "all": "all activations", "attention": "x, K, V, out, lse", "key_value": "x, K, V", "input": "x", "nothing": "nothing",
 }  # fmt: skip
 _SMALLER_CHUNKS = (1, 2, 4, 8)  # divisors of the preferred chunk, tried in this order
+_HOST_ADVICE = 'Use shorter sequences, save_attention="auto" or False, offload="disk" with a disk_folder'
+_DEVICE_ADVICE = 'Use shorter sequences, a smaller chunk_size, kv="auto", offload="auto", recompute="auto"'
+_SHARDED_HOST = 'Use more GPUs, shorter sequences, save_attention=False, offload="disk" with a disk_folder'
+_SHARDED_DEVICE = 'Use more GPUs, shorter sequences, a smaller chunk_size, kv="streamed"'
 
 
 class DeviceMemoryError(RuntimeError):
@@ -35,10 +39,12 @@ class Timing:
     Args:
         rates: of the machine.
         fused: whether fused kernels run norms, rotary embedding and activations (Liger).
+        sent: bytes that leave this process in a step for weights and their gradients.
     """
 
     rates: Rates
     fused: bool = False
+    sent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,15 +137,22 @@ def make_plan(
     batch_size: int,
     layout: SequenceLayout,
     device_type: str,
-    rates: Rates | None = None,
+    timing: Timing | None = None,
+    sharded: bool = False,
 ) -> Plan:
     """
     The fastest plan that fits. In a sequence-parallel group the chunks are those of `layout`, by which the tokens were spread;
     without one, they are smaller if that is needed.
 
+    Args:
+        sharded: the weights are in pieces on several processes, where a step follows `simple_plan`: nothing is chosen.
+
     Raises:
         DeviceMemoryError, HostMemoryError: if none does, with the bytes needed, the bytes there, and the settings that help.
     """
+    if sharded:
+        plan = simple_plan(config, batch_size, layout, device_type, len(footprint.layers))
+        return _predicted(footprint, config, limits, plan, timing)
     least = None
     ranks = layout.sp_size
     for chunk, stream_kv in _candidates(config, batch_size, layout, device_type):
@@ -151,11 +164,29 @@ def make_plan(
         if placements is not None:
             rows = tuple(_rows(memory, placements))
             peaks = memory.peaks(placements)
-            time = None if rates is None else TimeModel(memory, rates).step(placements)
+            time = _time(memory, placements, timing, ranks)
             return Plan(batch_size, layout.seq_len, chunk, stream_kv, placements, peaks, rows, limits, ranks, time)
         cheapest = memory.peaks(search.nearest(), reserve=limits.reserve, grads_held=True)
         least = cheapest if least is None or cheapest.device < least.device else least
     raise _shortage(least, limits, config)
+
+
+def _predicted(footprint: ModelFootprint, config: FPDTConfig, limits: Limits, plan: Plan, timing: Timing | None) -> Plan:
+    """A plan that was not chosen, with what it takes."""
+    layout = plan.layout
+    memory = MemoryModel(footprint, plan.batch_size, layout.local_len, plan.chunk_size // plan.sp_size, plan.stream_kv)
+    peaks = memory.peaks(plan.placements)
+    for taken, limit in ((peaks.device, limits.device), (peaks.host, limits.host)):
+        if limit is not None and taken > limit:
+            raise _shortage(peaks, limits, config, _SHARDED_HOST, _SHARDED_DEVICE)
+    rows, time = tuple(_rows(memory, plan.placements)), _time(memory, plan.placements, timing, plan.sp_size)
+    return replace(plan, peaks=peaks, rows=rows, limits=limits, time=time)
+
+
+def _time(memory: MemoryModel, placements: Sequence[LayerPlacement], timing: Timing | None, ranks: int) -> StepTime | None:
+    if timing is None:
+        return None
+    return TimeModel(memory, timing.rates, ranks=ranks, sent=timing.sent).step(placements)
 
 
 def _candidates(config: FPDTConfig, batch_size: int, layout: SequenceLayout, device_type: str):
@@ -190,16 +221,16 @@ def _span(layers: list[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
 
 
-def _shortage(least: Peaks, limits: Limits, config: FPDTConfig) -> RuntimeError:
+def _shortage(
+    least: Peaks, limits: Limits, config: FPDTConfig, host_advice: str = _HOST_ADVICE, device_advice: str = _DEVICE_ADVICE
+) -> RuntimeError:
     if limits.host is not None and least.host > limits.host:
         return HostMemoryError(
             f"A step needs {least.host / _GIB:.2f} GiB of page-locked host memory, and there are {limits.host / _GIB:.2f} GiB. "
-            'Use shorter sequences, save_attention="auto" or False, offload="disk" with a disk_folder, or raise '
-            f"host_memory (got {config})."
+            f"{host_advice}, or raise host_memory (got {config})."
         )
     return DeviceMemoryError(
         f"A step needs {least.device / _GIB:.2f} GiB of device memory ({least.phase}; with gradients and an AdamW state, of "
         f"which {limits.reserve / _GIB:.2f} GiB are still to come), and {limits.device / _GIB:.2f} GiB can be taken. "
-        'Use shorter sequences, a smaller chunk_size, kv="auto", offload="auto", recompute="auto", or raise gpu_memory '
-        f"(got {config})."
+        f"{device_advice}, or raise gpu_memory (got {config})."
     )

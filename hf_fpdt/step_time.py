@@ -7,8 +7,10 @@ only.
                           fp32 sums of the weights' gradients
     the loss              the head's products forward and backward, logits and their gradient, sums of the head's gradient
     copies                run under the compute of the layer whose tensors they are; what takes longer than it is waited for
+    processes             heads for sequence and back, gathered weights and reduced gradients, at the rate of the link, as if
+                          none of it ran under the compute: what does is little beside the rest
 
-Not counted: the optimizer, the data, the exchange between processes. The rates are those of bfloat16.
+Not counted: the optimizer, the data. The rates are those of bfloat16.
 """
 
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ class StepTime:
         forward, loss, backward: of computing.
         copies: of copies between GPU and host, in both directions.
         waited: of them, what compute is not long enough to hide.
+        exchanged: of communication between processes.
     """
 
     forward: float
@@ -38,39 +41,45 @@ class StepTime:
     backward: float
     copies: float
     waited: float
+    exchanged: float = 0.0
 
     @property
     def total(self) -> float:
         """Forward and backward of one step."""
-        return self.forward + self.loss + self.backward + self.waited
+        return self.forward + self.loss + self.backward + self.waited + self.exchanged
 
 
 class TimeModel:
     """
-    The step of which `memory` is the model, by one process that has its sequences to itself.
+    The step of which `memory` is the model.
 
     Args:
         memory: its layers have their `work`, and its loss, if it has one.
-        rates: of the machine.
+        rates: of the machine; with a `link`, if anything is sent.
+        ranks: processes that share every sequence, of which this one's part is in `memory`.
+        sent: bytes that leave this process for weights and their gradients.
     """
 
-    def __init__(self, memory: MemoryModel, rates: Rates):
-        self._memory, self._rates = memory, rates
+    def __init__(self, memory: MemoryModel, rates: Rates, *, ranks: int = 1, sent: float = 0.0):
+        self._memory, self._rates, self._ranks, self._sent = memory, rates, ranks, sent
         self._chunks = _chunks(memory.seq_len, memory.chunk)
         distinct = {id(layer): layer for layer in memory.model.layers}
         self._layers = {key: self._computing(layer) for key, layer in distinct.items()}
 
     def step(self, placements: Sequence[LayerPlacement]) -> StepTime | None:
-        """With these placements, one a layer; None if something waits on a disk, whose rate is not known."""
-        if any(placement.place == "disk" for placement in placements):
+        """With these placements, one a layer; None if something waits on a disk, or is sent over a link, of unknown rate."""
+        alone = self._ranks == 1 and not self._sent
+        if any(placement.place == "disk" for placement in placements) or (self._rates.link is None and not alone):
             return None
         forward = backward = copies = waited = 0.0
+        sent = self._sent
         for layer, placement in zip(self._memory.model.layers, placements, strict=True):
             there, back = self._passes(self._layers[id(layer)], placement)
             moved, returned = self._copies(layer, placement)
             forward, backward, copies = forward + there, backward + back, copies + sum(moved) + sum(returned)
             waited += max(0.0, max(moved) - there) + max(0.0, max(returned) - back)
-        return StepTime(forward, self._loss(), backward, copies, waited)
+            sent += self._exchanged(layer, placement)
+        return StepTime(forward, self._loss(), backward, copies, waited, 0.0 if alone else sent / self._rates.link)
 
     def _computing(self, layer: LayerFootprint) -> "_LayerSeconds":
         work, rates, sums = layer.work, self._rates, 0.0
@@ -86,8 +95,9 @@ class TimeModel:
     def _attending(self, layer: LayerFootprint) -> tuple[float, float]:
         """Seconds of attention's forward and backward in all chunks."""
         work, rates = layer.work, self._rates.attention_of(layer.work.head_dim)
-        diagonal = work.batch * sum(tokens * (tokens + 1) // 2 for tokens in self._chunks)
-        pairs = work.batch * _pairs(self._memory.seq_len, layer.window)
+        ranks, window = self._ranks, layer.window
+        diagonal = work.batch * sum(tokens * ranks * (tokens * ranks + 1) // 2 for tokens in self._chunks)
+        pairs = work.batch * _pairs(self._memory.seq_len * ranks, None if window is None else window * ranks)
         flops = [
             attention_flops(count, work.heads, work.head_dim, work.value_dim) / 3
             for count in (min(pairs, diagonal), max(0, pairs - diagonal))
@@ -97,7 +107,7 @@ class TimeModel:
 
     def _merged_bytes(self, layer: LayerFootprint) -> float:
         """Of outputs (or gradients of queries) in fp32 that blocks of streamed K and V are added to, read and written."""
-        wide = layer.work.heads * layer.work.value_dim * _WIDE
+        wide = self._ranks * layer.work.heads * layer.work.value_dim * _WIDE
         return self._block_pairs(layer) * layer.work.batch * self._memory.chunk * 3 * wide if self._memory.stream_kv else 0.0
 
     def _block_pairs(self, layer: LayerFootprint) -> int:
@@ -127,6 +137,19 @@ class TimeModel:
         forward = kept / to_host, blocks * layer.key_value / to_device
         sums = blocks * layer.key_value_sums
         return forward, (sums / to_host, (kept + blocks * layer.key_value + sums) / to_device)
+
+    def _exchanged(self, layer: LayerFootprint, placement: LayerPlacement) -> float:
+        """Bytes that leave this process in exchanges of heads (`head_exchange.py`)."""
+        work = layer.work
+        each = self._ranks * work.heads * work.itemsize
+        query, key_value, out = each * work.head_dim, layer.key_value, each * work.value_dim
+        there, back = query + key_value + out, 2 * query + key_value + 2 * out
+        if placement.keeps == "all":
+            back -= query + out
+        if placement.keeps in ("input", "nothing"):
+            back += there
+        tokens = work.batch * self._memory.seq_len
+        return (there + back) * tokens * (self._ranks - 1) / self._ranks
 
     def _loss(self) -> float:
         loss = self._memory.model.loss

@@ -20,7 +20,7 @@ PACKAGE = Path(hf_fpdt.__file__).parent
 LAYERS = {
     "version": 0, "config": 0, "chunking": 0, "documents": 0, "online_softmax": 0, "gradient_sum": 0, "run_state": 0,
     "host_limits": 0, "instance_forward": 0, "attention_kernels": 0, "cross_entropy": 0, "footprint": 0, "sole_owner": 0,
-    "rates": 0, "operations": 1, "step_time": 3, "bench": 3,
+    "rates": 0, "engine_memory": 0, "link_rate": 0, "operations": 1, "step_time": 3, "bench": 3,
     "free_list": 0, "nameless_file": 0, "unchanged": 0, "numa": 0, "global_loss": 0,
     "work": 0, "flops": 0, "timeline": 0, "engines": 0, "head_split": 0, "head_exchange": 1, "group_agreement": 0,
     "host_arena": 1, "group_loss": 1, "input_checks": 1, "step_trace": 1, "kernel_memory": 1,
