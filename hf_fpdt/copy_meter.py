@@ -1,9 +1,9 @@
 """
 How much of the copies between host and GPU ran under the compute, from events on the streams themselves.
 
-Around every copy there is an event before and after it on its stream, and around every wait of compute for a copy one before and
-after it on the compute stream. What lies between the latter is time in which compute stood still for a copy: a stall. A copy's
-time that is in no stall was hidden. Nothing here waits: of events that the GPU has not met nothing is asked.
+Around every copy there is an event before and after it on its stream, and around every wait of compute for a copy one before
+and after it on the compute stream. What lies between the latter is time in which compute stood still for a copy: a stall. A
+copy's time that is in no stall was hidden. Nothing here waits: of events that the GPU has not met nothing is asked.
 """
 
 import torch

@@ -16,8 +16,8 @@ stream is current for the caller.
 - `release` returns the host memory at once. The next user of that memory writes it on the D2H stream after waiting for
   compute, and compute has waited for the last H2D read in `get`; if `get` was never called, `release` makes compute wait.
 
-The host never waits: there is no `synchronize` in this module. While `Transfers.meter` is set, events that have a time stand around
-every copy and every wait of compute; they order nothing.
+The host never waits: there is no `synchronize` in this module. While `Transfers.meter` is set, timing events stand around every
+copy and every wait of compute; they order nothing.
 """
 
 from collections import deque

@@ -188,9 +188,10 @@ class Interval:
         return transfers_for(self.device).moved_bytes - self._begun.moved_bytes - others
 
     def begin_sample(self) -> None:
-        """Times the copies from here on, if none of this interval were timed yet."""
-        if self._meter is None:
-            self._meter = transfers_for(self.device).meter = CopyMeter()
+        """Times the copies from here on, if none of this interval were timed yet and nobody else does."""
+        transfers = transfers_for(self.device)
+        if self._meter is None and transfers.meter is None:
+            self._meter = transfers.meter = CopyMeter()
 
     def end_sample(self) -> None:
         """Times no more."""

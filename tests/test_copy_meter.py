@@ -1,7 +1,7 @@
 """
 The share of hidden copies, on streams that know the time: each operation takes as long as a test says, begins when its stream
-is free and its waits are over, and leaves its interval behind. The reference is `timeline.hidden_fraction` over those intervals:
-what a profiler would have seen. A failure means that a run's logs say something else about its copies than its timeline does.
+is free and its waits are over, and leaves its interval behind. The reference is `timeline.hidden_fraction` over those: what a
+profiler would have seen. A failure means that a run's logs say something else about its copies than its timeline does.
 """
 
 from contextlib import contextmanager

@@ -192,6 +192,14 @@ def test_a_training_that_broke_off_in_a_timed_step(tmp_path, clock, monkeypatch)
     assert metered.samples() == [[1], [3]]
 
 
+def test_two_watches_time_different_steps(tmp_path, clock, monkeypatch):
+    """So that the one that logs, the first, always has its own."""
+    metered = Metered(monkeypatch)
+    trainer = make_trainer(make_streamed(tiny_llama(), 16), tmp_path, callbacks=[Watch()], logging_steps=2)
+    trainer.train()
+    assert metered.samples() == [[1], [2], [3], [4]]
+
+
 def test_models_that_do_not_stream_are_not_timed(tmp_path, clock, monkeypatch):
     metered = Metered(monkeypatch)
     make_trainer(restore(make_streamed(tiny_llama(), 16)), tmp_path).train()
@@ -535,9 +543,7 @@ def test_fields_of_a_gpu(monkeypatch):
     one = Watch()
     one._works = [(model, watch.Work()), (model.model, watch.Work(tokens=100, attention_flops=7000))]
     one._before = [watch.Work(), watch.Work(tokens=60, attention_flops=1000)]
-    one._interval = SimpleNamespace(
-        device=device, seconds=lambda: 4.0, moved_bytes=lambda: 1 << 30, copies_hidden=lambda: 0.0
-    )
+    one._interval = SimpleNamespace(device=device, seconds=lambda: 4.0, moved_bytes=lambda: 1 << 30, copies_hidden=lambda: 0.0)
     want = {
         "fpdt/tokens_per_s_per_gpu": 10.0, "fpdt/causal_mfu": (6 * 40 * (layer_flops() + 32 * VOCAB) + 6000) / 4 / 1e9,
         "fpdt/gpu_peak_gib": 3.0, "fpdt/host_gib": 2.5, "fpdt/transfer_gib_per_s": 0.25, "fpdt/copies_hidden": 0.0,

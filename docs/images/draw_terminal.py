@@ -1,7 +1,7 @@
 """
 Draws what a terminal showed: terminal_cpu.png in docs/watching.md, from terminal_cpu.txt, the bytes that the terminal was sent.
 
-    script -qec "python examples/finetune_long_context.py --seq_len 4096 --max_steps 8 --logging_steps 2 ..." terminal_cpu.txt
+    script -qec "python examples/finetune_long_context.py ..." terminal_cpu.txt
     python docs/images/draw_terminal.py
 
 Carriage returns and the moves of the cursor that progress bars use are followed, as far as the last screen needs them.
@@ -41,8 +41,8 @@ def screen(sent: str) -> list[str]:
                 rows[row] += " " * (column + 1 - len(rows[row]))
                 rows[row][column] = character
                 column += 1
-    rows = ["".join(row).rstrip() for row in rows]
-    return [row for row in rows if not row.startswith("Script ")]  # what `script` adds
+    text = "\n".join("".join(row).rstrip() for row in rows if row[:7] != list("Script "))  # which `script` adds
+    return text.strip("\n").split("\n")
 
 
 def picture(rows: list[str]) -> Image.Image:
