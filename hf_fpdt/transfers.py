@@ -16,7 +16,8 @@ stream is current for the caller.
 - `release` returns the host memory at once. The next user of that memory writes it on the D2H stream after waiting for
   compute, and compute has waited for the last H2D read in `get`; if `get` was never called, `release` makes compute wait.
 
-The host never waits: there is no `synchronize` in this module.
+The host never waits: there is no `synchronize` in this module. While `Transfers.meter` is set, timing events stand around every
+copy and every wait of compute; they order nothing.
 """
 
 from collections import deque
@@ -25,6 +26,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .copy_meter import CopyMeter
 from .host_arena import HostArena
 from .unchanged import changed_error, version_of
 
@@ -132,6 +134,7 @@ class Transfers:
     def __init__(self, device: torch.device):
         self.arena = HostArena()
         self.moved_bytes = 0  # of all copies started so far, both ways
+        self.meter: CopyMeter | None = None
         self._device = device
         self._d2h_stream = torch.cuda.Stream(device)
         self._h2d_stream = torch.cuda.Stream(device)
@@ -144,10 +147,7 @@ class Transfers:
         # copy is nobody else's.
         tensor = tensor.detach().contiguous()
         self._d2h_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._d2h_stream):
-            host.copy_(tensor, non_blocking=True)
-            write = HostWrite(tensor, self._d2h_stream.record_event())
-        self.moved_bytes += host.nbytes
+        write = HostWrite(tensor, self._copy(self._d2h_stream, tensor, host))
         self._pending.append(write)
         self._drop_finished(self.max_pending)
         return write
@@ -158,18 +158,30 @@ class Transfers:
         tensor = torch.empty(host.shape, dtype=host.dtype, device=self._device)
         self._h2d_stream.wait_stream(torch.cuda.current_stream(self._device))
         self._h2d_stream.wait_event(written.done)
-        self.moved_bytes += host.nbytes
-        with torch.cuda.stream(self._h2d_stream):
-            tensor.copy_(host, non_blocking=True)
-            return tensor, self._h2d_stream.record_event()
+        return tensor, self._copy(self._h2d_stream, host, tensor)
 
     def wait(self, event: torch.cuda.Event) -> None:
         """Makes compute wait for a copy."""
-        torch.cuda.current_stream(self._device).wait_event(event)
+        compute, meter = torch.cuda.current_stream(self._device), self.meter
+        if meter is None or event.query():
+            compute.wait_event(event)
+            return
+        begun = meter.now(compute)
+        compute.wait_event(event)
+        meter.stalled(begun, compute)
 
     def settle(self) -> None:
         """Makes compute wait for every copy to the host, and forgets the sources."""
         self._drop_finished(0)
+
+    def _copy(self, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> torch.cuda.Event:
+        """Queues a copy; returns the event of its end."""
+        self.moved_bytes += source.nbytes
+        meter = self.meter
+        with torch.cuda.stream(stream):
+            begun = None if meter is None else meter.now(stream)
+            target.copy_(source, non_blocking=True)
+            return stream.record_event() if meter is None else meter.copied(begun, stream)
 
     def _drop_finished(self, most: int) -> None:
         """Forgets sources whose copy is done; makes compute wait for the oldest while more than `most` are left."""
@@ -189,6 +201,7 @@ class CpuTransfers:
     def __init__(self):
         self.arena = HostArena(lock=lambda slab: None, unlock=lambda slab: None)
         self.moved_bytes = 0
+        self.meter = None  # nothing runs under anything: nobody asks it
 
     def copy_to_host(self, tensor: Tensor, host: Tensor) -> None:
         self.moved_bytes += host.nbytes

@@ -2,7 +2,8 @@
 What a streamed model does, in Trainer's logs: `Watch` adds a few numbers to every entry that has the training loss.
 
 Nothing is asked of the GPU that makes the host wait. Trainer reads the loss just before it logs, so the GPU is idle then, and
-the host's clock says how long the work took. Evaluations and checkpoints are no training: each is taken out, from an event that
+the host's clock says how long the work took. Of one step between two entries the copies and the waits for them are timed, by
+events that the GPU has met by then. Evaluations and checkpoints are no training: each is taken out, from an event that
 the GPU meets behind the last training step to one that it meets after them, because the host may be there long before the GPU.
 """
 
@@ -14,6 +15,7 @@ import time
 import torch
 from transformers import TrainerCallback
 
+from .copy_meter import CopyMeter
 from .flops import peak_flops, training_flops
 from .step_trace import STEP, StepTrace
 from .transfers import transfers_for
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS_PER_S, CAUSAL_MFU = "fpdt/tokens_per_s_per_gpu", "fpdt/causal_mfu"
 GPU_PEAK_GIB, HOST_GIB, TRANSFER_GIB_PER_S = "fpdt/gpu_peak_gib", "fpdt/host_gib", "fpdt/transfer_gib_per_s"
+COPIES_HIDDEN = "fpdt/copies_hidden"
 
 
 class Watch(TrainerCallback):
@@ -40,11 +43,14 @@ class Watch(TrainerCallback):
 
     def __init__(self, trace: str | os.PathLike | None = None):
         self._trace = StepTrace.asked_for(trace, os.environ)
+        self._interval: Interval | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._works: list | None = None  # None: not looked for yet
-        self._interval: Interval | None = None
+        if self._interval is not None:
+            self._interval.end_sample()
+        self._interval = None
         self._before: list[Work] = []
         self._named, self._steps = False, 0
 
@@ -61,6 +67,8 @@ class Watch(TrainerCallback):
             if self._works:
                 self._start(args.device)
         self._steps += 1
+        if self._interval is not None and self._steps > 1:  # the first compiles and locks memory
+            self._interval.begin_sample()
         if self._trace is not None and self._steps == STEP and state.is_world_process_zero:
             self._trace.begin(args.device)
 
@@ -72,6 +80,7 @@ class Watch(TrainerCallback):
         if self._interval is None:
             return
         self._interval.trained()
+        self._interval.end_sample()
         kernels = {name: None for _, work in self._works for name in work.kernels}
         if kernels and not self._named:
             logger.info("hf_fpdt: attention runs in %s", ", ".join(kernels))
@@ -128,6 +137,9 @@ class Watch(TrainerCallback):
             torch.cuda.reset_peak_memory_stats(device)
         fields[HOST_GIB] = transfers_for(device).arena.locked_bytes / 2**30
         fields[TRANSFER_GIB_PER_S] = interval.moved_bytes() / 2**30 / seconds
+        hidden = interval.copies_hidden()
+        if hidden is not None:
+            fields[COPIES_HIDDEN] = hidden
         return fields
 
 
@@ -154,6 +166,7 @@ class Interval:
         self.device = torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
         self._begun = self._last = Instant(self.device)
         self._interruptions: list[tuple[Instant, Instant]] = []
+        self._meter: CopyMeter | None = None
 
     def trained(self) -> None:
         """Up to here it was training."""
@@ -173,3 +186,17 @@ class Interval:
         """Between host and device by hf_fpdt."""
         others = sum(end.moved_bytes - start.moved_bytes for start, end in self._interruptions)
         return transfers_for(self.device).moved_bytes - self._begun.moved_bytes - others
+
+    def begin_sample(self) -> None:
+        """Times the copies from here on, if none of this interval were timed yet and nobody else does."""
+        transfers = transfers_for(self.device)
+        if self._meter is None and transfers.meter is None:
+            self._meter = transfers.meter = CopyMeter()
+
+    def end_sample(self) -> None:
+        """Times no more."""
+        transfers_for(self.device).meter = None
+
+    def copies_hidden(self) -> float | None:
+        """Share of the timed copies' time in which compute did not wait for one; None if there were none."""
+        return None if self._meter is None else self._meter.hidden_share()

@@ -30,7 +30,7 @@ from hf_fpdt.work import works_in
 
 STEP_S, EVALUATION_S, SAVE_S = 1.0, 100.0, 1000.0
 LENGTHS = [9, 30, 17, 22, 5, 41, 33, 12, 8, 26, 19, 40]  # rows of 3 and then 2 in a batch, so the last one is shorter
-FIELDS = {"fpdt/causal_mfu", "fpdt/gpu_peak_gib", "fpdt/host_gib", "fpdt/transfer_gib_per_s"}
+FIELDS = {"fpdt/causal_mfu", "fpdt/gpu_peak_gib", "fpdt/host_gib", "fpdt/transfer_gib_per_s", "fpdt/copies_hidden"}
 
 
 class Clock:
@@ -133,6 +133,93 @@ def test_tokens_of_ragged_and_accumulated_batches(tmp_path, clock, accumulation,
     assert rates(reporter.seen) == pytest.approx(want)
     assert not any(FIELDS & set(entry) for entry in reporter.seen), "a CPU has no such thing"
     assert sum(work.tokens for _, work in works_in(model)) == sum(lengths)
+
+
+class Metered:
+    """Which batches, counted from 0, went through the model while a meter was set, by the meter."""
+
+    def __init__(self, monkeypatch):
+        self.batches, self._transfers = {}, transfers_for(torch.device("cpu"))
+        seen, step = iter(range(1000)), TimedTrainer.training_step
+
+        def counted(trainer, *args, **kwargs):
+            loss, batch = step(trainer, *args, **kwargs), next(seen)
+            if self._transfers.meter is not None:
+                self.batches.setdefault(self._transfers.meter, []).append(batch)
+            return loss
+
+        monkeypatch.setattr(TimedTrainer, "training_step", counted)
+
+    def samples(self) -> list[list[int]]:
+        assert self._transfers.meter is None
+        return list(self.batches.values())
+
+
+@pytest.mark.parametrize(
+    ("logging", "accumulation", "want"),
+    [
+        (1, 1, [[1], [2], [3], [4], [5]]),  # the first interval is the first step, which is no sample
+        (3, 1, [[1], [3]]),
+        (2, 1, [[1], [2], [4]]),
+        (4, 1, [[1], [4]]),  # nobody logs the second
+        (1, 2, [[2, 3], [4, 5]]),
+        (2, 2, [[2, 3], [4, 5]]),
+        (100, 1, [[1]]),
+    ],
+)
+def test_the_copies_of_one_step_between_two_logs_are_timed(tmp_path, clock, monkeypatch, logging, accumulation, want):
+    metered = Metered(monkeypatch)
+    settings = {"logging_steps": logging, "gradient_accumulation_steps": accumulation}
+    often = {"eval_strategy": "steps", "eval_steps": 1}  # evaluations are not
+    make_trainer(make_streamed(tiny_llama(), 16), tmp_path, **settings, **often).train()
+    assert metered.samples() == want
+
+
+def test_a_training_that_broke_off_in_a_timed_step(tmp_path, clock, monkeypatch):
+    """Leaves no meter behind once another begins, and the other has one of its own."""
+
+    class Break(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not broken:
+                broken.append(True)
+                raise RuntimeError("out of memory")
+
+    broken, metered = [], Metered(monkeypatch)
+    trainer = make_trainer(make_streamed(tiny_llama(), 16), tmp_path, callbacks=[Break()], max_steps=3, logging_steps=3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.train()
+    assert metered.samples() == [[1], [3]]
+
+
+def test_two_watches_time_different_steps(tmp_path, clock, monkeypatch):
+    """So that the one that logs, the first, always has its own."""
+    metered = Metered(monkeypatch)
+    trainer = make_trainer(make_streamed(tiny_llama(), 16), tmp_path, callbacks=[Watch()], logging_steps=2)
+    trainer.train()
+    assert metered.samples() == [[1], [2], [3], [4]]
+
+
+def test_models_that_do_not_stream_are_not_timed(tmp_path, clock, monkeypatch):
+    metered = Metered(monkeypatch)
+    make_trainer(restore(make_streamed(tiny_llama(), 16)), tmp_path).train()
+    trainer = make_trainer(make_streamed(tiny_llama(), 16), tmp_path)
+    trainer.remove_callback(Watch)
+    trainer.train()
+    assert metered.samples() == []
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_the_line_above_the_progress_bar(tmp_path, clock, capsys, disable_tqdm):
+    """Trainer's own callbacks print the entry behind ours; one that is added to a finished Trainer is too late for that."""
+    trainer = make_trainer(make_streamed(tiny_llama(), 16), tmp_path, max_steps=1, disable_tqdm=disable_tqdm)
+    trainer.train()
+    assert f"'{TOKENS_PER_S}': '39'" in capsys.readouterr().out
+    trainer.remove_callback(Watch)
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert TOKENS_PER_S not in capsys.readouterr().out
+    assert rates(trainer.state.log_history) == [39.0]
 
 
 def test_evaluations_and_checkpoints_take_no_training_time(tmp_path, clock):
@@ -456,14 +543,15 @@ def test_fields_of_a_gpu(monkeypatch):
     one = Watch()
     one._works = [(model, watch.Work()), (model.model, watch.Work(tokens=100, attention_flops=7000))]
     one._before = [watch.Work(), watch.Work(tokens=60, attention_flops=1000)]
-    one._interval = SimpleNamespace(device=device, seconds=lambda: 4.0, moved_bytes=lambda: 1 << 30)
+    one._interval = SimpleNamespace(device=device, seconds=lambda: 4.0, moved_bytes=lambda: 1 << 30, copies_hidden=lambda: 0.0)
     want = {
         "fpdt/tokens_per_s_per_gpu": 10.0, "fpdt/causal_mfu": (6 * 40 * (layer_flops() + 32 * VOCAB) + 6000) / 4 / 1e9,
-        "fpdt/gpu_peak_gib": 3.0, "fpdt/host_gib": 2.5, "fpdt/transfer_gib_per_s": 0.25,
+        "fpdt/gpu_peak_gib": 3.0, "fpdt/host_gib": 2.5, "fpdt/transfer_gib_per_s": 0.25, "fpdt/copies_hidden": 0.0,
     }  # fmt: skip
     assert one._fields(reset_peak=True) == pytest.approx(want)
     assert resets == [device]
     monkeypatch.setattr(watch, "peak_flops", lambda device: None)
+    one._interval.copies_hidden = lambda: None  # nothing was copied
     fields = one._fields(reset_peak=False)
-    assert set(fields) == set(want) - {"fpdt/causal_mfu"}
+    assert set(fields) == set(want) - {"fpdt/causal_mfu", "fpdt/copies_hidden"}
     assert len(resets) == 1

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_fpdt
 from hf_fpdt import host_arena, transfers
+from hf_fpdt.copy_meter import CopyMeter
 
 pytestmark = pytest.mark.gpu
 SEQ_LEN = 1000
@@ -39,27 +40,6 @@ def step(model, ids):
 
 def tokens(batch=2, seq_len=SEQ_LEN):
     return torch.randint(0, 1000, (batch, seq_len), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-
-
-@pytest.fixture
-def fresh_transfers():
-    transfers.transfers_for.cache_clear()
-    yield
-    torch.cuda.synchronize()
-    transfers.transfers_for.cache_clear()
-
-
-@pytest.fixture
-def slow_copies(monkeypatch, fresh_transfers):
-    """Copies start 5 ms late, far longer than the compute of these small layers: a missing wait shows."""
-    copy_ = torch.Tensor.copy_
-
-    def delayed(self, source, non_blocking=False):
-        if non_blocking:
-            torch.cuda._sleep(10_000_000)
-        return copy_(self, source, non_blocking=non_blocking)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", delayed)
 
 
 @pytest.fixture
@@ -138,10 +118,12 @@ def test_disk_is_bitwise_the_same(slow, tmp_path, request):
     assert plan.peaks.disk > 0, str(plan)
 
 
-def test_layers_never_synchronize_the_host(monkeypatch):
-    model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=128))
+@pytest.mark.parametrize("metered", [False, True], ids=["", "metered"])
+def test_layers_never_synchronize_the_host(monkeypatch, fresh_transfers, metered):
+    model = hf_fpdt.apply_fpdt(llama(), hf_fpdt.FPDTConfig(chunk_size=128, offload="host"))
     ids = tokens()
     step(model, ids)  # warm-up: compiles kernels, locks host memory
+    transfers.transfers_for(torch.device("cuda", 0)).meter = CopyMeter() if metered else None
     calls = []
     for owner in (torch.cuda.Stream, torch.cuda.Event):
         monkeypatch.setattr(owner, "synchronize", lambda self: calls.append(type(self).__name__))
