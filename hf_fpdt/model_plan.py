@@ -122,29 +122,33 @@ def new_plan(
             "hf_fpdt: %s could not be measured (%s); it runs by a plan without one:\n%s", type(model).__name__, error, plan
         )
         return plan
-    grads = sum(weight.nbytes for weight in trainable)
-    in_layers = sum(layer.weight_grads for layer in measured.layers)
-    held = bool(trainable) and all(weight.grad is not None for weight in trainable)
-    footprint = ModelFootprint(
-        layers=measured.layers,
-        loss=None if head is None else _loss(head, batch_size * local_len, measured.layers[-1].hidden, kind),
-        arguments=measured.argument_bytes + (measured.layers[0].hidden if _keeps_embedded(model) else 0),
-        resident=_resident(model, head, device),
-        other_grads=grads - in_layers,
-        grads_held=held,
-    )
-    sharded = engine is not None and engine.shards_weights
-    head_grads = 0 if footprint.loss is None else footprint.loss.head_grads
-    reserve = 0
-    if not sharded:
-        reserve = (0 if held else grads + head_grads) + _optimizer_to_come(model, trainable, grads + head_grads)
+    footprint, reserve = _footprint(model, head, tokens, measured, trainable)
     if engine is not None:
         footprint, timing = _by_engine(engine, model, layers, head, footprint, timing)
-    limits = _agreed(exchange.group, config, device, footprint.resident, reserve)
+    sharded = engine is not None and engine.shards_weights
+    limits = _agreed(exchange.group, config, device, footprint.resident, 0 if sharded else reserve)
     if engine is not None and config.host_memory == "auto" and limits.host is not None:
         limits = replace(limits, host=limits.host // engine.gpus_on_host)
     kinds = {"batch_size": batch_size, "layout": layout, "device_type": kind}
     return make_plan(footprint, config, limits, **kinds, timing=timing, sharded=sharded)
+
+
+def _footprint(model, head, tokens: Tensor, measured: MeasuringPass, trainable: list[Tensor]) -> tuple[ModelFootprint, int]:
+    """And the bytes of gradients and optimizer states that are still to come."""
+    grads = sum(weight.nbytes for weight in trainable)
+    in_layers = sum(layer.weight_grads for layer in measured.layers)
+    held = bool(trainable) and all(weight.grad is not None for weight in trainable)
+    count, kind = tokens.shape[0] * tokens.shape[1], device_type_of(tokens.device)
+    footprint = ModelFootprint(
+        layers=measured.layers,
+        loss=None if head is None else _loss(head, count, measured.layers[-1].hidden, kind),
+        arguments=measured.argument_bytes + (measured.layers[0].hidden if _keeps_embedded(model) else 0),
+        resident=_resident(model, head, tokens.device),
+        other_grads=grads - in_layers,
+        grads_held=held,
+    )
+    grads += 0 if footprint.loss is None else footprint.loss.head_grads
+    return footprint, (0 if held else grads) + _optimizer_to_come(model, trainable, grads)
 
 
 def _by_engine(engine: Engine, model, layers, head, footprint: ModelFootprint, timing: Timing | None):

@@ -65,21 +65,13 @@ def plan(
         ValueError: for a model that cannot be streamed, sizes below the least, rates that are not there, a meta model
             without `gpu_memory`, or heads and GPUs that the group's size does not divide.
     """
-    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("gpus", gpus, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"plan({name}={value!r}): {name} must be a whole number, at least {least}.")
+    _check_counts(seq_len=(seq_len, 2), batch_size=(batch_size, 1), gpus=(gpus, 1))
     base = transformers_model(model)
-    config = config or config_of(base)
-    if base.device.type == "meta" and config.gpu_memory == "auto":
-        raise ValueError(
-            'plan(model on the meta device, gpu_memory="auto"): there is no GPU to ask. Pass '
-            "config=FPDTConfig(gpu_memory=bytes)."
-        )
+    config = _checked(config or config_of(base), base.device)
     engine = engine_of(base, gpus, sp_size, zero)
     found = of_this_machine() if rates is None else load(rates)
-    timing = None
-    if found is not None and base.dtype.itemsize == 2:
-        timing = Timing(found, fused or _has_fused_kernels(base))
+    timed = found is not None and base.dtype.itemsize == 2
+    timing = Timing(found, fused or _has_fused_kernels(base)) if timed else None
     previous = base.config._attn_implementation
     try:
         if previous != NAME:
@@ -88,6 +80,21 @@ def plan(
     finally:
         if previous != NAME:
             restore(base)
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"plan({name}={value!r}): {name} must be a whole number, at least {least}.")
+
+
+def _checked(config: FPDTConfig, device: torch.device) -> FPDTConfig:
+    if device.type == "meta" and config.gpu_memory == "auto":
+        raise ValueError(
+            'plan(model on the meta device, gpu_memory="auto"): there is no GPU to ask. Pass '
+            "config=FPDTConfig(gpu_memory=bytes)."
+        )
+    return config
 
 
 def engine_of(model: nn.Module, gpus: int, sp_size: int | None, zero: int | None) -> Engine | None:
