@@ -29,12 +29,16 @@ SLOW = Rates(
 )  # fmt: skip
 
 
-def measured():
-    for name in FILES:
+SHARED = ("shared_2xh200_2026-11-23.json",)  # ZeRO-3, on one GPU and on two
+
+
+def measured(files=FILES):
+    for name in files:
         for call in read_calls(RESULTS / name):
             for row in call["rows"]:
                 if row["contender"].startswith("fpdt") and "step_s" in row:
-                    yield pytest.param(row, id=f"{name.split('_h200')[0]}-{row['contender']}-{row['seq_len']}-{row['fpdt']}")
+                    who = f"{row['contender']}{row.get('gpus', '')}"
+                    yield pytest.param(row, id=f"{name.split('h200')[0]}-{who}-{row['seq_len']}-{row['fpdt']}")
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -51,6 +55,20 @@ def test_steps_that_were_measured(row):
     settings = FPDTConfig(**row["fpdt"], gpu_memory=131 * GIB, host_memory=200 * GIB)
     found = plan(model.train(), seq_len=row["seq_len"], config=settings, rates="h200", fused=row["contender"] == "fpdt+liger")
     assert found.time.total == pytest.approx(row["step_s"], rel=0.10)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("row", list(measured(SHARED)))
+def test_steps_of_several_gpus(row):
+    """Measured with the chunks of their day, and with the step of an optimizer without states."""
+    config = llama_config(row["shape"], row["layers"])
+    config._attn_implementation = "fpdt"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    settings = FPDTConfig(**row["fpdt"], chunk_size=32768 * row["gpus"], gpu_memory=131 * GIB, host_memory=200 * GIB)
+    found = plan(model, seq_len=row["seq_len"], config=settings, rates="h200", fused=True, gpus=row["gpus"], zero=3)
+    print(row["seq_len"], row["gpus"], found.time.total / row["step_s"], found.peaks.device / GIB, row["peak_gib"])
+    assert found.time.total == pytest.approx(row["step_s"], rel=0.15)
 
 
 def test_operations_by_hand():
