@@ -60,6 +60,7 @@ QWEN_SHAPES = {  # norms of Q and K in every head
         "vocab_size": 151936,
         "tie_word_embeddings": False,
     },
+    "qwen-tiny": LLAMA_SHAPES["tiny"],
 }
 SHAPES = LLAMA_SHAPES | GPT_SHAPES | QWEN_SHAPES
 DEPTHS = {  # of the real models

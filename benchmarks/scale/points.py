@@ -44,6 +44,8 @@ class ScaleSpec:
         object.__setattr__(self, "sp", self.sp or self.gpus)
         if self.contender not in CONTENDERS:
             raise ValueError(f"--contender {self.contender}: one of {', '.join(CONTENDERS)} is needed.")
+        if self.contender != "fpdt" and self.device == "cpu":
+            raise ValueError(f"--contender {self.contender} --device cpu: Liger's kernels run on GPUs; take fpdt.")
         if self.shape not in SHAPES or (self.shape in GPT_SHAPES and self.contender != "fpdt"):
             raise ValueError(
                 f"--shape {self.shape} with --contender {self.contender}: one of {', '.join(SHAPES)} is needed, and for GPTs "

@@ -63,7 +63,7 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--sp", type=int, default=0, help="GPUs that share a sequence (default: all)")
     parser.add_argument("--steps", type=int, help="long steps, of which the first is timed only if it is alone (default: 1)")
     parser.add_argument("--trace", type=int, metavar="TOKENS", help="profile one more step, of so many tokens")
-    parser.add_argument("--contender", default="fpdt+liger", help="or fpdt: without Liger's kernels")
+    parser.add_argument("--contender", help="fpdt+liger, or fpdt: without Liger's kernels (default: with them, on GPUs)")
     parser.add_argument("--fpdt", default="{}", help="FPDTConfig fields as JSON")
     parser.add_argument("--zero", default="{}", help="DeepSpeed's zero_optimization as JSON")
     parser.add_argument("--host-gib", type=float, help="memory of the host (default: what it has available)")
@@ -84,7 +84,8 @@ def specs_of(args) -> list[ScaleSpec]:
     Raises:
         ValueError: for options that do not go together, and for a point that does not fit.
     """
-    more = {"contender": args.contender, "fpdt": json.loads(args.fpdt), "zero": json.loads(args.zero), "device": args.device}
+    contender = args.contender or ("fpdt+liger" if args.device == "cuda" else "fpdt")
+    more = {"contender": contender, "fpdt": json.loads(args.fpdt), "zero": json.loads(args.zero), "device": args.device}
     more |= {name: getattr(args, name) for name in ("steps", "trace") if getattr(args, name) is not None}
     specs = [replace(spec, **more) for spec in _named(args)] if args.set else _listed(args, more)
     return [settled(spec, _host_gib(args), args.gpu_gib) for spec in specs]
@@ -93,8 +94,8 @@ def specs_of(args) -> list[ScaleSpec]:
 def _named(args) -> list[ScaleSpec]:
     if args.seq_len or args.layers or args.sp or args.shape:
         raise ValueError(
-            f"--set {args.set} with --shape {args.shape}, --seq-len {args.seq_len}, --layers {args.layers}, --sp {args.sp}: a set "
-            "has its own; leave these out, or --set."
+            f"--set {args.set} with --shape {args.shape}, --seq-len {args.seq_len}, --layers {args.layers}, --sp {args.sp}: a "
+            "set has its own; leave these out, or --set."
         )
     points = points_of(args.set, args.gpus)
     numbers = list(range(1, len(points) + 1)) if args.only is None else [int(one) for one in args.only.split(",")]
@@ -137,8 +138,8 @@ def as_lines(specs: list[ScaleSpec], estimates: list[Estimate]) -> list[str]:
         saved = "saved" if spec.fpdt["save_attention"] else "again"
         steps = f"{spec.steps} step{'s' * (spec.steps > 1)}" + (" and a trace" if spec.trace else "")
         lines.append(
-            f"{number}: {spec.shape:<12} {spec.seq_len:>9,} tokens, {spec.layers:>2} of {spec.depth} layers, {spec.dp} x {spec.sp} "
-            f"GPUs, chunk {spec.fpdt['chunk_size']:,}, attention {saved}, {steps}: {expected.seconds:.0f} s, "
+            f"{number}: {spec.shape:<12} {spec.seq_len:>9,} tokens, {spec.layers:>2} of {spec.depth} layers, {spec.dp} x "
+            f"{spec.sp} GPUs, chunk {spec.fpdt['chunk_size']:,}, attention {saved}, {steps}: {expected.seconds:.0f} s, "
             f"GPU {expected.gpu_gib:.0f} GiB, host {expected.host_gib:.0f} GiB"
         )
     return [*lines, f"{sum(one.seconds for one in estimates):.0f} s by estimate, on H100s"]

@@ -23,7 +23,7 @@ from benchmarks.shared_trace import traced
 from .estimates import whole_model
 from .points import ScaleSpec
 
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 1e-4
 _PATIENCE_MINUTES = 30  # of collectives: one may be sent minutes before the GPU comes to it
 
 
@@ -49,7 +49,7 @@ def main():
 
 
 def measure(spec: ScaleSpec, started: float) -> dict:
-    """The row of a point, printed by rank 0: what is timed is the later half of the long steps, or the only one."""
+    """The row of a point, printed by rank 0."""
     import torch
     import torch.distributed as dist
 
