@@ -24,9 +24,13 @@ from transformers import AutoModelForCausalLM
 def prepare(name: str, lora: int = 0) -> None:
     """Imports what the contender needs and changes transformers' classes as it wants them. No CUDA context is made."""
     if name in ("liger", "fpdt+liger"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_mistral
+        from liger_kernel.transformers import (
+            apply_liger_kernel_to_llama,
+            apply_liger_kernel_to_mistral,
+            apply_liger_kernel_to_qwen3,
+        )
 
-        for apply in (apply_liger_kernel_to_llama, apply_liger_kernel_to_mistral):
+        for apply in (apply_liger_kernel_to_llama, apply_liger_kernel_to_mistral, apply_liger_kernel_to_qwen3):
             apply(fused_linear_cross_entropy=name == "liger", cross_entropy=False)
     if name == "alst":
         _tile_llama_mlp()
@@ -67,9 +71,9 @@ def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora:
     return model, partial(_step, model, cudnn, documents)
 
 
-def _model(config, attn_implementation: str, device: str):
+def _model(config, attn_implementation: str, device: str, dtype: torch.dtype = torch.bfloat16):
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     config._attn_implementation = attn_implementation
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config).train()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-from .shapes import GPT_SHAPES, SHAPES
+from .shapes import LLAMA_SHAPES, QWEN_SHAPES, SHAPES
 
 CONTENDERS = ("sdpa", "liger", "alst", "fpdt", "fpdt+liger")  # see contenders.py
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, datasheet
@@ -53,10 +53,12 @@ class Spec:
             raise ValueError(f"--contenders: got {self.contender!r}; one of {', '.join(CONTENDERS)} is needed.")
         if self.shape not in SHAPES:
             raise ValueError(f"--shape {self.shape}: one of {', '.join(SHAPES)} is needed.")
-        if self.shape in GPT_SHAPES and (self.contender not in ANY_SHAPE or self.lora or self.window):
+        known = (*ANY_SHAPE, *(("liger", "fpdt+liger") if self.shape in QWEN_SHAPES else ()))
+        if self.shape not in LLAMA_SHAPES and (self.contender not in known or self.lora or self.window):
             raise ValueError(
                 f"--shape {self.shape} with --contenders {self.contender}, --lora {self.lora}, --window {self.window}: Liger, "
-                f"ALST, adapters and windows know Llama's modules only; take {' or '.join(ANY_SHAPE)} without the last two."
+                f"ALST, adapters and windows know Llama's modules, and Liger Qwen3's; take {' or '.join(known)} without the "
+                "last two."
             )
         if self.layers < 1 or self.repeats < 0 or self.seq_len < 2:
             raise ValueError(f"got {self.row()}, repeats {self.repeats}: one layer, no repeat and two tokens are the least.")
@@ -260,7 +262,7 @@ def _kernel(spec: Spec, head_dim: int) -> str:
 def _one(device: str):
     import torch
 
-    return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def _has_context(torch) -> bool:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig
+    from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 LLAMA_SHAPES = {
     "llama-3.1-8b": {
@@ -50,22 +50,41 @@ GPT_SHAPES = {
     "gpt-6.7b": {"hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 50304},
     "gpt-tiny": {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512},
 }
-SHAPES = LLAMA_SHAPES | GPT_SHAPES
-DEPTHS = {"llama-3.1-8b": 32, "llama-3.2-3b": 28, "llama-3.2-1b": 16, "gpt-2.7b": 32, "gpt-6.7b": 32}  # of the real models
+QWEN_SHAPES = {  # norms of Q and K in every head
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
+    "qwen-tiny": LLAMA_SHAPES["tiny"],
+}
+SHAPES = LLAMA_SHAPES | GPT_SHAPES | QWEN_SHAPES
+DEPTHS = {  # of the real models
+    "llama-3.1-8b": 32,
+    "llama-3.2-3b": 28,
+    "llama-3.2-1b": 16,
+    "gpt-2.7b": 32,
+    "gpt-6.7b": 32,
+    "qwen3-8b": 36,
+}
 
 
-def model_config(shape: str, num_layers: int, window: int = 0) -> "LlamaConfig | MistralConfig | GPTNeoXConfig":
+def model_config(shape: str, num_layers: int, window: int = 0) -> "LlamaConfig | MistralConfig | GPTNeoXConfig | Qwen3Config":
     """
     The configuration for any name in `SHAPES`, with `num_layers` layers.
 
     Raises:
-        ValueError: for a window in GPT shapes, which have none.
+        ValueError: for a window in GPT and Qwen shapes, which have none.
     """
-    if shape not in GPT_SHAPES:
+    if shape in LLAMA_SHAPES:
         return llama_config(shape, num_layers, window)
     if window:
-        raise ValueError(f"--window {window} with --shape {shape}: GPT-NeoX has no sliding window; --window 0 is needed.")
-    return gpt_config(shape, num_layers)
+        raise ValueError(f"--window {window} with --shape {shape}: it has no sliding window; --window 0 is needed.")
+    return gpt_config(shape, num_layers) if shape in GPT_SHAPES else qwen_config(shape, num_layers)
 
 
 def gpt_config(shape: str, num_layers: int) -> "GPTNeoXConfig":
@@ -95,17 +114,28 @@ def llama_config(shape: str, num_layers: int, window: int = 0) -> "LlamaConfig |
     """
     from transformers import LlamaConfig, MistralConfig  # takes seconds, and the names are needed without
 
-    settings = LLAMA_SHAPES[shape] | {
-        "num_hidden_layers": num_layers,
-        "max_position_embeddings": 1 << 23,
-        "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
-        "use_cache": False,
-    }
+    settings = LLAMA_SHAPES[shape] | _common(num_layers, rope_theta=5e5)
     return MistralConfig(**settings, sliding_window=window) if window else LlamaConfig(**settings)
 
 
+def qwen_config(shape: str, num_layers: int) -> "Qwen3Config":
+    """A Qwen3 with the layer shapes of the named model and `num_layers` layers, without a cache."""
+    from transformers import Qwen3Config  # takes seconds, and the names are needed without
+
+    return Qwen3Config(**QWEN_SHAPES[shape], **_common(num_layers, rope_theta=1e6))
+
+
+def _common(num_layers: int, rope_theta: float) -> dict:
+    return {
+        "num_hidden_layers": num_layers,
+        "max_position_embeddings": 1 << 23,
+        "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+        "use_cache": False,
+    }
+
+
 def step_flops(
-    config: "LlamaConfig | MistralConfig | GPTNeoXConfig",
+    config: "LlamaConfig | MistralConfig | GPTNeoXConfig | Qwen3Config",
     seq_len: int,
     frozen: bool = False,
     documents: int = 1,
@@ -124,7 +154,7 @@ def step_flops(
     """
     pairs = seq_len**2 / documents / 2 if not window else window * (seq_len - min(window, seq_len) / 2)
     attention = config.num_hidden_layers * 3 * 4 * pairs * query_dim(config)
-    return (4 if frozen else 6) * _matrix_weights(config) * seq_len + attention
+    return (4 if frozen else 6) * matrix_weights(config) * seq_len + attention
 
 
 def paper_flops(config: "LlamaConfig | MistralConfig | GPTNeoXConfig", seq_len: int) -> float:
@@ -136,7 +166,7 @@ def paper_flops(config: "LlamaConfig | MistralConfig | GPTNeoXConfig", seq_len: 
     repeated. That the paper's own figures are counted so is inferred from its code.
     """
     attention = config.num_hidden_layers * 4 * 4 * seq_len**2 * query_dim(config)
-    return 8 * _matrix_weights(config) * seq_len + attention
+    return 8 * matrix_weights(config) * seq_len + attention
 
 
 def head_dim(config) -> int:
@@ -154,7 +184,7 @@ def kv_dim(config) -> int:
     return getattr(config, "num_key_value_heads", config.num_attention_heads) * head_dim(config)
 
 
-def _matrix_weights(config) -> int:
+def matrix_weights(config) -> int:
     """Of the layers and the output layer."""
     matrices = 2 if config.model_type == "gpt_neox" else 3  # with a gate
     layer = config.hidden_size * (2 * query_dim(config) + 2 * kv_dim(config) + matrices * config.intermediate_size)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from .point import PEAK_BF16, _predicted, is_memory_shortage
-from .shapes import GPT_SHAPES, SHAPES
+from .shapes import GPT_SHAPES, LLAMA_SHAPES, SHAPES
 from .shared_trace import traced
 
 CONTENDERS = ("fpdt", "fpdt+liger", "ulysses", "ulysses+liger", "ring", "tensor")
@@ -58,6 +58,8 @@ class SharedSpec:
             raise ValueError(f"--shape {self.shape}: one of {', '.join(SHAPES)} is needed.")
         if self.shape in GPT_SHAPES and self.contender != "fpdt":
             raise ValueError(f"--shape {self.shape} with --contenders {self.contender}: only fpdt knows others than Llama's.")
+        if self.shape not in LLAMA_SHAPES and self.contender in ("ulysses", "tensor"):
+            raise ValueError(f"--shape {self.shape} with --contenders {self.contender}: it knows Llama's modules only.")
         if min(self.layers, self.gpus) < 1 or self.repeats < 0 or self.seq_len < 2:
             raise ValueError(f"got {asdict(self)}: one layer, one GPU, no repeat and two tokens are the least.")
         if self.gpus == 1 and not self.contender.startswith("fpdt"):

@@ -32,7 +32,7 @@ def main():
     rows: list[dict] = []
     for spec in specs_of(args):
         left = None if args.time_limit is None else args.time_limit - (time.monotonic() - started)
-        outcome = None if left is not None and left <= 0 else _launched(spec, left)
+        outcome = None if left is not None and left <= 0 else launched(command(spec), left)
         rows.append(row_of(spec, outcome, args.time_limit))
         print(table(rows[-1:])[0], flush=True)
         if args.out:
@@ -81,14 +81,21 @@ def command(spec: SharedSpec) -> list[str]:
     words = ["-m", "benchmarks.shared_point", json.dumps(asdict(spec))]
     if spec.contender in WITHOUT_ENGINE:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec.gpus}", *words]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _CONFIG[spec.device]]
-    return [*launch, f"--num_processes={spec.gpus}", f"--parallelism_config_sp_size={spec.gpus}", *words]
+    return [*accelerate_launch(spec.device, spec.gpus, spec.gpus), *words]
 
 
-def _launched(spec: SharedSpec, seconds: float | None) -> Outcome:
+def accelerate_launch(device: str, gpus: int, sp_size: int) -> list[str]:
+    """The start of a command under ZeRO-3 on so many GPUs, of which `sp_size` share a sequence."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _CONFIG[device], f"--num_processes={gpus}"]
+    groups = [] if gpus == sp_size else [f"--parallelism_config_dp_replicate_size={gpus // sp_size}"]
+    return [*launch, f"--parallelism_config_sp_size={sp_size}", *groups]
+
+
+def launched(words: list[str], seconds: float | None) -> Outcome:
+    """How a command ended; after `seconds` it is ended, with its ranks."""
     started = time.monotonic()
     process = subprocess.Popen(
-        command(spec), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
     try:
         stdout, stderr = process.communicate(timeout=seconds)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_fpdt  # makes "fpdt" known
 from benchmarks import (
@@ -33,7 +33,7 @@ from benchmarks.ahead import Outcome, run_ahead
 from benchmarks.overlap import marks_of
 from benchmarks.point import Spec
 from benchmarks.result_files import read_calls, read_rows, table
-from benchmarks.shapes import llama_config, step_flops
+from benchmarks.shapes import DEPTHS, llama_config, model_config, step_flops
 from hf_fpdt.step_trace import StepTrace
 from hf_fpdt.timeline import hidden_fraction, read_lanes, union
 
@@ -46,11 +46,17 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 @pytest.mark.parametrize(
     ("shape", "layers", "parameters"),  # as their authors publish them
-    [("llama-3.1-8b", 32, 8_030_261_248), ("llama-3.2-3b", 28, 3_212_749_824), ("llama-3.2-1b", 16, 1_235_814_400)],
+    [
+        ("llama-3.1-8b", 32, 8_030_261_248),
+        ("llama-3.2-3b", 28, 3_212_749_824),
+        ("llama-3.2-1b", 16, 1_235_814_400),
+        ("qwen3-8b", 36, 8_190_735_360),
+    ],
 )
 def test_shapes_are_those_of_the_models(shape, layers, parameters):
+    assert DEPTHS[shape] == layers
     with FakeTensorMode():  # no memory is taken
-        model = LlamaForCausalLM(llama_config(shape, layers))
+        model = AutoModelForCausalLM.from_config(model_config(shape, layers))
     assert model.num_parameters() == parameters
 
 
@@ -160,6 +166,7 @@ def test_a_point_waits_without_cuda(monkeypatch):
         (["--repeats", "-1"], "repeats -1"),
         (["--ballast-gpu-gib", "-1"], "--ballast-gpu-gib"),
         (["--contenders", "liger", "--ballast-host-gib", "1"], "--ballast-host-gib with liger"),
+        (["--contenders", "alst", "--shape", "qwen3-8b"], "take sdpa or fpdt or liger or fpdt[+]liger"),
     ],
 )
 def test_bad_options_end_the_command_before_it_starts(options, text):
@@ -218,6 +225,7 @@ def test_a_shared_command_on_cpus(tmp_path):
         ({"contender": "alst"}, "'alst'; one of fpdt, fpdt[+]liger, ulysses, ulysses[+]liger, ring, tensor"),
         ({"contender": "ring", "gpus": 1}, "ring on one GPU shares nothing"),
         ({"shape": "gpt"}, "--shape gpt"),
+        ({"shape": "qwen3-8b", "contender": "ulysses"}, "qwen3-8b with --contenders ulysses: it knows Llama's modules only"),
         ({"gpus": 0}, "one layer, one GPU"),
     ],
 )
