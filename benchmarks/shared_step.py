@@ -82,6 +82,7 @@ def command(spec: SharedSpec) -> list[str]:
     if spec.contender in WITHOUT_ENGINE:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec.gpus}", *words]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _CONFIG[spec.device]]
+    launch += ["--main_process_port=0"]  # any that is free: another command may run on other GPUs
     return [*launch, f"--num_processes={spec.gpus}", f"--parallelism_config_sp_size={spec.gpus}", *words]
 
 
@@ -93,11 +94,20 @@ def _launched(spec: SharedSpec, seconds: float | None) -> Outcome:
     try:
         stdout, stderr = process.communicate(timeout=seconds)
     except BaseException as error:
-        os.killpg(process.pid, 9)  # the ranks as well
-        stdout, stderr = process.communicate()
+        stdout, stderr = _end(process)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
     return Outcome(process.returncode, stdout, stderr, time.monotonic() - started)
+
+
+def _end(process: subprocess.Popen) -> tuple[str, str]:
+    """The launcher ends its ranks, which are in sessions of their own, if it is asked to."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        return process.communicate()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Commands over the GPUs of a host, with commands that only say where and when they ran."""
 
+import io
 import json
 import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from benchmarks.paper import spread
 from benchmarks.paper.spread import Host, Job
 
-ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
 SAYS = """
 import json, os, sys, time
@@ -147,12 +145,15 @@ def test_shares_of_memory():
         spread.shares_of([Job("w", 1, 2)], host(1))
 
 
-def test_the_whole_command(tmp_path):
+def test_the_whole_command(tmp_path, monkeypatch, capsys):
     """Two commands, one of which fails."""
     text = "# about 2 s\npython -c 'print(1)'\n# about 1 s\npython -c 1/0\n"
-    words = ["-m", "benchmarks.paper.spread", "-", "--gpus", "0,1", "--folder", str(tmp_path)]
-    done = subprocess.run([sys.executable, *words], input=text, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith("2 commands, about 2 s on 2 GPUs")
-    assert "ZeroDivisionError" in done.stdout
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.argv", ["spread", "-", "--gpus", "0,1", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        spread.main()
+    said = capsys.readouterr().out
+    assert end.value.code == 1
+    assert said.startswith("2 commands, about 2 s on 2 GPUs")
+    assert "ZeroDivisionError" in said
     assert (tmp_path / "01_command.log").read_text().splitlines() == ["# about 2 s", "python -c 'print(1)'", "1"]
