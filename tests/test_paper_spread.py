@@ -47,19 +47,31 @@ def test_commands_run_beside_each_other_on_gpus_of_their_own(tmp_path):
     assert len(found) == len(lines) == 5
     assert found["wide"]["gpus"] == "10,11"  # first, whatever its seconds
     assert found["b"]["gpus"] == "12"  # the longest of the rest
-    assert found["d"]["start"] < min(found[name]["start"] for name in "ac")
     busy = [(gpu, one["start"], one["stop"]) for one in found.values() for gpu in one["gpus"].split(",")]
     for index, (gpu, start, stop) in enumerate(busy):
         assert not any(other == gpu and begin < stop and start < end for other, begin, end in busy[index + 1 :])
-    assert sum(one["stop"] - one["start"] for one in found.values()) > max(one["stop"] for one in found.values()) - min(
-        one["start"] for one in found.values()
-    )
     assert {one["memory"] for one in found.values()} == {str(10 * GIB)}
     cores = host(3).cores
     assert found["wide"]["cores"] == sorted(cores[0] | cores[1])
     assert found["b"]["cores"] == sorted(cores[2])
-    assert all((tmp_path / "found").glob("*_wide.log"))
+    logs = sorted(path.name for path in (tmp_path / "found").glob("*.log"))  # in the order of their starts
+    assert logs == ["01_wide.log", "02_b.log", "03_d.log", "04_c.log", "05_a.log"]
     assert any(line.startswith("done after") and "GPU 10,11" in line for line in lines)
+
+
+MEETS = """
+import os, pathlib, sys, time
+own, deadline = pathlib.Path(sys.argv[3]), time.monotonic() + 30
+own.write_text("{}")
+while len(list(own.parent.glob("*.json"))) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+"""
+
+
+def test_commands_run_at_the_same_time(tmp_path):
+    """Each ends when the other has begun."""
+    assert run([job("a", 0, text=MEETS), job("b", 0, text=MEETS)], 2, tmp_path)[0]
 
 
 def test_a_command_that_fails_is_told_and_the_rest_runs(tmp_path):

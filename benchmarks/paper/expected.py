@@ -1,6 +1,10 @@
 """How many seconds a point is expected to take: from its operations, and from what was measured on H200s, which H100s equal."""
 
+import shlex
+
+from benchmarks import shared_step, train_step
 from benchmarks.ballast import kept_bytes
+from benchmarks.paper.spread import Job
 from benchmarks.point import Spec
 from benchmarks.shapes import GPT_SHAPES, kv_dim, model_config, query_dim, step_flops
 from benchmarks.shared_point import SharedSpec
@@ -43,6 +47,15 @@ def least_gib(spec: Spec) -> float:
     return (4 * ((spec.layers + spec.ballast_layers) * layer + ends) + held) / 2**30 + spec.ballast_gpu_gib
 
 
-def seconds_of_command(specs: list[Spec] | list[SharedSpec], gpu_gib: float = H100_GIB) -> int:
-    """Of all points of a command, one after the other."""
-    return round(COMMAND_S + sum(seconds_of(spec, gpu_gib) for spec in specs))
+def job_of(module: str, words: list[str], gpu_gib: float = H100_GIB) -> Job:
+    """
+    The command of `train_step` or `shared_step` with these options, and the seconds of all its points, one after the other.
+
+    Raises:
+        ValueError: for a command that would be refused.
+    """
+    how = {"train_step": train_step, "shared_step": shared_step}[module]
+    specs = how.specs_of(how._arguments(words))
+    seconds = COMMAND_S + sum(seconds_of(spec, gpu_gib) for spec in specs)
+    gpus = max((getattr(spec, "gpus", 1) for spec in specs), default=1)
+    return Job(shlex.join(["python", "-m", f"benchmarks.{module}", *words]), round(seconds), gpus)
