@@ -186,12 +186,7 @@ def _copies_repeated(times: int):
     to_host, to_device = Transfers.copy_to_host, Transfers.copy_to_device
 
     def copy_to_host(self, tensor, host):
-        tensor = tensor.detach().contiguous()
-        self._d2h_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._d2h_stream):
-            for _ in range(times - 1):
-                host.copy_(tensor, non_blocking=True)
-        return to_host(self, tensor, host)
+        return to_host(self, tensor, _WrittenAgain(host, times))
 
     def copy_to_device(self, host, written):
         tensor, _ = to_device(self, host, written)
@@ -201,6 +196,17 @@ def _copies_repeated(times: int):
             return tensor, self._h2d_stream.record_event()
 
     return [patch.object(Transfers, one.__name__, one) for one in (copy_to_host, copy_to_device)]
+
+
+class _WrittenAgain:
+    """Host memory as `copy_to_host` uses it; it is written so many times."""
+
+    def __init__(self, host, times: int):
+        self._host, self._times, self.nbytes = host, times, host.nbytes
+
+    def copy_(self, source, non_blocking: bool) -> None:
+        for _ in range(self._times):
+            self._host.copy_(source, non_blocking=non_blocking)
 
 
 CHOICES: dict[str, Callable] = {
