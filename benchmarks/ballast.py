@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .contenders import host_share
 from .shapes import kv_dim, query_dim
 
 _PIECE_BYTES = 4 << 30  # of host memory; one slab each
@@ -86,6 +87,6 @@ def _hold_for_absent_layers(device: torch.device, gpu_bytes: int, host_bytes: in
 
         arena = transfers_for(device).arena
         while host_bytes > 0:
-            held.append(arena.take(min(host_bytes, _PIECE_BYTES)))
+            held.append(arena.take(min(host_bytes, _PIECE_BYTES), host_share()))
             host_bytes -= _PIECE_BYTES
     return held

@@ -58,7 +58,9 @@ def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora:
     if name.startswith("fpdt"):
         import hf_fpdt
 
-        hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**fpdt_settings))
+        share = host_share()
+        limit = {} if share is None else {"host_memory": share}
+        hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**(limit | fpdt_settings)))
         return model, partial(_step, model, contextlib.nullcontext, documents)
     model.gradient_checkpointing_enable({"use_reentrant": name == "alst"})
     if name == "sdpa":
@@ -69,6 +71,12 @@ def build(name: str, config, fpdt_settings: dict, *, device: str = "cuda", lora:
     if name == "alst":
         return model, partial(_tiled_step, model, cudnn)
     return model, partial(_step, model, cudnn, documents)
+
+
+def host_share() -> int | None:
+    """Bytes of host memory that this process may lock, where it shares a host (`paper/spread.py`)."""
+    share = os.environ.get("FPDT_HOST_MEMORY")
+    return int(share) if share else None
 
 
 def _model(config, attn_implementation: str, device: str, dtype: torch.dtype = torch.bfloat16):

@@ -98,8 +98,15 @@ def windows(marks: dict[str, float], layer: int) -> dict[str, Interval]:
 
 def profile_step(args, path: Path, device: str = "cuda") -> Path:
     """Writes the Chrome trace of the second of two steps."""
+    model, step = warmed_up(args, device)
+    if args.contender.startswith("fpdt"):  # others run their layers twice, inside of their checkpoints
+        _mark_layers(model.base_model.layers, device)
+    return profiled(model, step, path, device)
+
+
+def warmed_up(args, device: str):
+    """The model, after a first step that compiles kernels and locks host memory, and what runs one more; without gradients."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from .contenders import build, prepare
     from .shapes import model_config
@@ -108,18 +115,29 @@ def profile_step(args, path: Path, device: str = "cuda") -> Path:
     prepare(args.contender)
     model, step = build(args.contender, config, json.loads(args.fpdt), device=device)
     ids = torch.randint(0, config.vocab_size, (1, args.seq_len), device=device)
+    step(ids)
+    _forget_gradients(model)
+    return model, lambda: step(ids)
+
+
+def profiled(model, step, path: Path, device: str) -> Path:
+    """Writes the Chrome trace of a step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    _forget_gradients(model)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    step(ids)  # compiles kernels, locks host memory
-    for parameter in model.parameters():
-        parameter.grad = None
-    if args.contender.startswith("fpdt"):  # others run their layers twice, inside of their checkpoints
-        _mark_layers(model.base_model.layers, device)
     wait()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as profiler:
-        step(ids)
+        step()
         wait()
     profiler.export_chrome_trace(str(path))
     return path
+
+
+def _forget_gradients(model) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def _mark_layers(layers, device: str) -> None:

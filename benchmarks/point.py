@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from .shapes import LLAMA_SHAPES, QWEN_SHAPES, SHAPES
+from .without import NOTHING, parsed, switched_off
 
 CONTENDERS = ("sdpa", "liger", "alst", "fpdt", "fpdt+liger")  # see contenders.py
 PEAK_BF16 = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense, datasheet
@@ -46,6 +47,8 @@ class Spec:
     ballast_host_gib: float = 0.0
     ballast_kept: bool = False
     grad_norms: bool = False
+    without: str = NOTHING
+    copies: int = 1
     device: str = "cuda"
 
     def __post_init__(self):
@@ -75,7 +78,12 @@ class Spec:
             raise ValueError(
                 f"--ballast-host-gib with {self.contender}: only hf_fpdt locks host memory; name fpdt contenders only."
             )
-
+        ours = self.contender.startswith("fpdt")
+        if self.copies < 1 or ((parsed(self.without) or self.copies > 1) and not ours):
+            raise ValueError(
+                f"--without {self.without}, --copies {self.copies} with {self.contender}: these are of hf_fpdt, and a copy is "
+                "made once at least; name fpdt contenders only."
+            )
         if self.ballast_kept and (self.lora or self.ballast_gpu_gib or not self.ballast_layers):
             raise ValueError(
                 f"--ballast-kept with --lora {self.lora}, --ballast-layers {self.ballast_layers} and --ballast-gpu-gib "
@@ -88,6 +96,8 @@ class Spec:
         row |= {"documents": self.documents} if self.documents > 1 else {}
         row |= {"window": self.window} if self.window else {}
         row |= {"ballast_layers": self.ballast_layers} if self.ballast_layers else {}
+        row |= {"without": self.without} if self.without != NOTHING else {}
+        row |= {"copies": self.copies} if self.copies > 1 else {}
         return row | ({"fpdt": self.fpdt} if self.contender.startswith("fpdt") else {})
 
 
@@ -115,6 +125,13 @@ def main(how: Callable[["Spec"], dict] | None = None):
 
 def measure(spec: Spec) -> dict:
     """The row of a point: one warm-up step, then `spec.repeats` timed ones; with none, the first is the one measured."""
+    if not spec.contender.startswith("fpdt"):
+        return _measured(spec)
+    with switched_off(spec.without, spec.copies):
+        return _measured(spec)
+
+
+def _measured(spec: Spec) -> dict:
     import torch
 
     from .ballast import hold, kept_bytes
@@ -136,7 +153,9 @@ def measure(spec: Spec) -> dict:
     first_step_s, first_loss = step()
     if spec.device == "cuda" and spec.repeats:
         torch.cuda.reset_peak_memory_stats()
+    moved = _moved_bytes(spec.device)
     later = [step() for _ in range(spec.repeats)]
+    moved = (_moved_bytes(spec.device) - moved) / spec.repeats if spec.repeats else moved
     seconds = [seconds for seconds, _ in later] or [first_step_s]
     median = statistics.median(seconds)
     losses = [first_loss, *(loss for _, loss in later)]
@@ -146,7 +165,7 @@ def measure(spec: Spec) -> dict:
     kind = {"frozen": spec.lora > 0, "documents": spec.documents, "window": spec.window}
     row |= _speed(spec, step_flops(config, spec.seq_len, **kind) / median)
     if spec.contender.startswith("fpdt"):
-        row["kernel"] = _kernel(spec, head_dim(config))
+        row |= {"kernel": _kernel(spec, head_dim(config)), "moved_gib": moved / 2**30}
     if spec.ballast_layers or any(fills):
         row["ballast"] = held.row()
     if spec.grad_norms:
@@ -227,6 +246,13 @@ def _host_gib(device: str) -> float:
     if "hf_fpdt.transfers" not in sys.modules:
         return 0.0
     return sys.modules["hf_fpdt.transfers"].transfers_for(_one(device)).arena.locked_bytes / 2**30
+
+
+def _moved_bytes(device: str) -> int:
+    """What hf_fpdt has copied between host and GPU so far, both ways."""
+    if "hf_fpdt.transfers" not in sys.modules:
+        return 0
+    return sys.modules["hf_fpdt.transfers"].transfers_for(_one(device)).moved_bytes
 
 
 def _predicted(model) -> dict:

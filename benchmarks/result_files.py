@@ -90,5 +90,7 @@ def _settings(row: dict) -> str:
     words += [json.dumps(row["zero"]) if row.get("zero") else ""]
     words += [f"{row['documents']} documents" if "documents" in row else ""]
     words += [f"window {row['window']}" if "window" in row else ""]
+    words += [f"without {row['without']}" if "without" in row else ""]
+    words += [f"every copy {row['copies']} times" if "copies" in row else ""]
     words += [f"ballast of {row['ballast']['layers']} layers" if "ballast" in row else ""]
     return " ".join(filter(None, words))

@@ -87,6 +87,7 @@ def command(spec: SharedSpec) -> list[str]:
 def accelerate_launch(device: str, gpus: int, sp_size: int) -> list[str]:
     """The start of a command under ZeRO-3 on so many GPUs, of which `sp_size` share a sequence."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _CONFIG[device], f"--num_processes={gpus}"]
+    launch += ["--main_process_port=0"]  # any that is free: another command may run on other GPUs
     groups = [] if gpus == sp_size else [f"--parallelism_config_dp_replicate_size={gpus // sp_size}"]
     return [*launch, f"--parallelism_config_sp_size={sp_size}", *groups]
 
@@ -100,11 +101,20 @@ def launched(words: list[str], seconds: float | None) -> Outcome:
     try:
         stdout, stderr = process.communicate(timeout=seconds)
     except BaseException as error:
-        os.killpg(process.pid, 9)  # the ranks as well
-        stdout, stderr = process.communicate()
+        stdout, stderr = _end(process)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
     return Outcome(process.returncode, stdout, stderr, time.monotonic() - started)
+
+
+def _end(process: subprocess.Popen) -> tuple[str, str]:
+    """The launcher ends its ranks, which are in sessions of their own, if it is asked to."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        return process.communicate()
 
 
 if __name__ == "__main__":

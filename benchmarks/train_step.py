@@ -17,6 +17,7 @@ import time
 from .ahead import Outcome, run_ahead
 from .point import Spec, command
 from .result_files import table, write_rows
+from .without import NOTHING
 
 
 def main():
@@ -53,6 +54,8 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--ballast-host-gib", type=float, default=0.0, help="the same in page-locked memory; fpdt only")
     parser.add_argument("--ballast-kept", action="store_true", help="what those layers keep on the GPU, worked out from shapes")
     parser.add_argument("--grad-norms", action="store_true", help="add the gradient norm of every parameter to the rows")
+    parser.add_argument("--without", default=NOTHING, help="choices of hf_fpdt to switch off, of without.py: a,b+c: two rows")
+    parser.add_argument("--copies", default="1", metavar="N", help="make every copy of hf_fpdt N times; 1,2,4: a row for each")
     parser.add_argument("--time-limit", type=float, metavar="S", help="points not started by then are not run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try a command; with --shape tiny")
     parser.add_argument("--out", help="JSON file, written after every point")
@@ -78,9 +81,10 @@ def specs_of(args) -> list[Spec]:
     )
     common = {name: getattr(args, name) for name in (*names, "grad_norms", "device")}
     return [
-        Spec(contender=contender, seq_len=int(seq_len), fpdt=fpdt, **common)
+        Spec(contender=contender, seq_len=int(seq_len), fpdt=fpdt, without=without, copies=int(copies), **common)
         for seq_len, contender in itertools.product(args.seq_lens.split(","), args.contenders.split(","))
         for fpdt in (several if contender.startswith("fpdt") else [{}])
+        for without, copies in itertools.product(args.without.split(","), args.copies.split(","))
     ]
 
 

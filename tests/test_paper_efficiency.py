@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import GPTNeoXForCausalLM
 
 import hf_fpdt  # noqa: F401  (makes "fpdt" known)
 from benchmarks import ballast, point, shared_point, shared_step, train_step
-from benchmarks.paper import efficiency
+from benchmarks.paper import efficiency, expected, spread
 from benchmarks.point import Spec
 from benchmarks.result_files import read_calls
 from benchmarks.shapes import gpt_config, llama_config, model_config, paper_flops, step_flops
@@ -233,22 +234,60 @@ def test_results_of_the_papers_figures_say_how_they_were_made():
             assert call["rows"], path
 
 
-def test_the_commands_for_efficiency_can_be_given():
-    import shlex
-
-    found = efficiency.commands()
-    assert max(seconds for _, seconds in found) < 540
+@pytest.mark.parametrize("short", [False, True])
+def test_the_commands_for_efficiency_can_be_given(short):
+    found = efficiency.commands(short)
+    assert max(job.seconds for job in found) < 540
+    assert len({job.command.split(" --out ")[1].split()[0] for job in found}) == len(found)
     specs = []
-    for command, _ in found:
-        python, flag, module, *words = shlex.split(command)
+    for job in found:
+        python, flag, module, *words = shlex.split(job.command)
         assert (python, flag) == ("python", "-m")
         if module == "benchmarks.shared_step":
+            assert job.gpus == 2
             shared_step.specs_of(shared_step._arguments(words))
             continue
         assert module == "benchmarks.train_step"
+        assert job.gpus == 1
         specs += train_step.specs_of(train_step._arguments(words))
     for spec in specs:
         ballast.kept_bytes(model_config(spec.shape, spec.layers), spec.contender, spec.fpdt)
         assert spec.layers + spec.ballast_layers == 32
     assert {spec.shape for spec in specs} == {"gpt-2.7b", "gpt-6.7b", "llama-3.1-8b"}
     assert point.command(specs[0])[1:3] == ["-m", "benchmarks.point"]
+    efficiency.series_of(  # nothing is measured twice
+        [spec.row() | {"out_of_memory": True} for spec in specs]
+    )
+
+
+def test_the_short_commands_take_eight_minutes_on_four_gpus():
+    assert spread.makespan(efficiency.commands(short=True), 4) < 480
+
+
+def test_points_take_about_as_long_as_they_are_expected_to():
+    """All calls in the results whose points are steps of full training: none takes much longer, and none much less."""
+    compared = 0
+    for path in (ROOT / "benchmarks" / "results").glob("**/*.json"):
+        for call in read_calls(path):
+            rows = [row for row in call["rows"] if row.get("process_s") and "step_s" in row]
+            if not rows or any(row.get(name) for row in rows for name in ("lora", "window", "documents")):
+                continue
+            shares = [expected.seconds_of(_spec_of(row), gpu_gib=1e9) for row in rows]
+            compared += 1
+            took = sum(row["process_s"] for row in rows)
+            assert 0.6 < took / (expected.COMMAND_S + sum(shares)) < 1.15, (path.name, took, shares)
+    assert compared > 20
+
+
+def _spec_of(row):
+    repeats = 0 if row["step_s"] == row["first_step_s"] else len(row["all_steps_s"])
+    same = {name: row[name] for name in ("contender", "seq_len", "shape", "layers")}
+    same |= {"repeats": repeats, "fpdt": row.get("fpdt") or {}}
+    return shared_point.SharedSpec(gpus=row["gpus"], **same) if "gpus" in row else Spec(**same)
+
+
+def test_a_point_that_cannot_fit_is_expected_to_be_refused():
+    """An 8B model has 30 GiB of weights and gradients; checkpoints of 30 layers at 262,144 tokens take 60 more."""
+    spec = Spec(contender="sdpa", seq_len=262144, shape="llama-3.1-8b", layers=2, ballast_layers=30, ballast_kept=True)
+    assert expected.least_gib(spec) == pytest.approx(4 * 8.03e9 / 2**30 + 60, rel=1e-3)
+    assert expected.seconds_of(spec) < 20 < expected.seconds_of(spec, gpu_gib=expected.H200_GIB)

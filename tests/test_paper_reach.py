@@ -1,12 +1,13 @@
 """The search for the longest sequence."""
 
 import json
+import shlex
 
 import pytest
 
-from benchmarks import ballast
+from benchmarks import ballast, shared_step
 from benchmarks.ahead import Outcome
-from benchmarks.paper import reach
+from benchmarks.paper import ablations, reach, spread
 from benchmarks.result_files import read_calls
 from benchmarks.shapes import model_config
 
@@ -47,6 +48,7 @@ def test_the_ends_of_the_search():
         (["--start", "8192", "--most", "4096"], "--most 4096"),
         (["--tolerance", "0"], "--tolerance 0"),
         (["--strategies", "sdpa,fpdt", "--host"], "--host with sdpa"),
+        (["--confirm", "0"], "--confirm 0"),
     ],
 )
 def test_bad_options(words, text):
@@ -91,6 +93,57 @@ def test_every_try_is_a_row_and_is_not_repeated(tmp_path, monkeypatch, capsys):
     reach.main()
     assert len(tries) == count
     assert read_calls(out)[0]["rows"] == [*rows, last]
+
+
+@pytest.mark.parametrize("ending", ["trains", "memory", "late"])
+def test_the_reach_is_confirmed_by_several_steps(tmp_path, monkeypatch, ending):
+    """Of a model that holds 300,000 tokens for a step. A confirmation is no try of the search, also when a file goes on."""
+    seen = []
+
+    def run(commands, may_go):
+        spec = json.loads(commands[0][-1])
+        seen.append((spec["seq_len"], spec["repeats"]))
+        row = {"step_s": 1.0, "first_step_s": 1.0, "host_gib": 0.0, "model_tflops": 1.0, "gpu": "G"}
+        if spec["seq_len"] > 300_000 or (spec["repeats"] and ending == "memory"):
+            row = {"out_of_memory": True}
+        return [None if spec["repeats"] and ending == "late" else Outcome(0, json.dumps({"row": row}), "", 1.0)]
+
+    monkeypatch.setattr(reach, "run_ahead", run)
+    out = tmp_path / "reach.json"
+    words = ["reach", "--strategies", "liger", "--confirm", "3", "--time-limit", "9", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    reach.main()
+    *_, tried, last = read_calls(out)[0]["rows"]
+    assert seen[-1] == (last["reached"], 2)
+    assert [repeats for _, repeats in seen[:-1]] == [0] * (len(seen) - 1)
+    assert tried["steps"] == 3
+    assert last.get("confirmed_steps") == {"trains": 3, "memory": 0, "late": None}[ending]
+    assert last["out_of_memory_at"] > 300_000
+    if ending == "trains":
+        count = len(seen)
+        monkeypatch.setattr("sys.argv", [*words, "--go-on", str(out)])
+        reach.main()
+        assert len(seen) == count
+        assert read_calls(out)[0]["rows"][-1] == last
+
+
+def test_the_commands_of_the_reach():
+    jobs = reach.commands()
+    assert spread.makespan(jobs, 4) < 540
+    (whole,) = reach.commands(host=True)
+    host = spread.Host(["0"] * 4, [set()] * 4, 450 << 30)
+    share = spread.shares_of([whole, *ablations.commands()], host)
+    assert share[whole] == whole.host_gib << 30
+    for job in [*jobs, whole]:
+        module, *words = shlex.split(job.command)[2:]
+        if module == "benchmarks.shared_step":
+            assert job.gpus == 2
+            shared_step.specs_of(shared_step._arguments(words))
+            continue
+        args = reach._arguments(words)
+        spec = reach.spec_of(args.strategies, args, args.start)
+        assert (spec.ballast_host_gib > 0) == (job is whole)
+        assert spec.ballast_host_gib < (job.host_gib or 1)
 
 
 def test_what_a_try_says():

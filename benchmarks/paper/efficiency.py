@@ -4,11 +4,12 @@ MFU and memory against the sequence length, by shape and strategy: figure 11 of 
     python -m benchmarks.paper.efficiency --commands
     python -m benchmarks.paper.efficiency results/*.json --out efficiency.png
 
-The first prints the commands that measure it (`train_step.py`, `shared_step.py`), the second draws their results and prints
-them as a table. Method: one or two layers run, and the GPU memory of the other layers of the real depth is held
-(`--ballast-layers`, `--ballast-kept`; host memory is not). Time is of the layers that ran, embedding and loss included; the
-step of the whole model takes at most `step * depth / layers`, which counts embedding and loss `depth / layers` times. MFU is of
-the layers that ran, with their own operations and those of the loss. Of several GPUs nothing is held for other layers.
+The first prints the commands that measure it (`train_step.py`, `shared_step.py`), for `spread.py`; with `--short` a selection
+for eight minutes on four GPUs. The second draws their results and prints them as a table. Method: one or two layers run, and
+the GPU memory of the other layers of the real depth is held (`--ballast-layers`, `--ballast-kept`; host memory is not). Time is
+of the layers that ran, embedding and loss included; the step of the whole model takes at most `step * depth / layers`, which
+counts embedding and loss `depth / layers` times. MFU is of the layers that ran, with their own operations and those of the
+loss. Of several GPUs nothing is held for other layers.
 
 Two ways to count operations stand side by side: causal attention and no recomputation (`shapes.step_flops`), and Megatron's,
 which the paper's code has: the full square and a second forward (`shapes.paper_flops`). Only the first compares methods.
@@ -18,38 +19,64 @@ import argparse
 import json
 from dataclasses import dataclass
 
+from benchmarks.paper.expected import job_of
+from benchmarks.paper.spread import Job
 from benchmarks.result_files import read_calls
 from benchmarks.shapes import DEPTHS, model_config, paper_flops, step_flops
 
 CHUNKS = {"offload": "none", "recompute": True, "save_attention": True}
 OFFLOADED = {"offload": "host", "recompute": True}
-_FPDT = json.dumps([CHUNKS, OFFLOADED], separators=(",", ":"))
-_STREAMED = json.dumps(OFFLOADED | {"kv": "streamed"}, separators=(",", ":"))
-_CONTENDERS = {"gpt-2.7b": "sdpa,fpdt", "gpt-6.7b": "sdpa,fpdt", "llama-3.1-8b": "sdpa,liger,fpdt"}
+STREAMED = OFFLOADED | {"kv": "streamed"}
+_PEERS = {"gpt-2.7b": "sdpa", "gpt-6.7b": "sdpa", "llama-3.1-8b": "sdpa,liger,alst"}
 _LONGEST = ("gpt-2.7b", "llama-3.1-8b")  # gpt-6.7b has four times the K and V: its sums at 2M tokens exceed 128 GiB of host
+_SHORT, _LONG = "32768,65536,131072,262144", "524288,1048576"
+_LATEST_S = 420  # a point that starts by then ends before ten minutes are over
+_SHARED = ("tensor", "fpdt", "ulysses+liger")
 
 
-def commands() -> list[tuple[str, int]]:
-    """The commands, each with the seconds it is expected to take on one H200, or, for `shared_step`, on two."""
+def commands(short: bool = False) -> list[Job]:
+    """
+    What measures the figure, for one H100 or H200 a command, or two where it says so. A point that does not fit is a row that
+    is soon there.
+
+    Args:
+        short: a selection, for about eight minutes on four GPUs of a host (`spread.py`).
+    """
     found = []
-    for shape, contenders in _CONTENDERS.items():
-        start, kept = f"python -m benchmarks.train_step --shape {shape} --contenders", "--ballast-kept --repeats 1"
-        short = "--seq-lens 32768,65536,131072,262144 --layers 2 --ballast-layers 30"
-        long = "--seq-lens 524288,1048576 --layers 1 --ballast-layers 31"
+    for shape, peers in _PEERS.items():
         found += [
-            (f"{start} {contenders} {short} {kept} --fpdt '{_FPDT}' --time-limit 420 --out {shape}_short.json", 330),
-            (f"{start} {contenders} {long} {kept} --fpdt '{_FPDT}' --time-limit 300 --out {shape}_long.json", 330),
+            _one_gpu(shape, peers, _SHORT, 2, 1, f"{shape}_peers.json"),
+            _one_gpu(shape, "fpdt", _SHORT, 2, 1, f"{shape}_fpdt.json", CHUNKS, OFFLOADED),
         ]
-        if shape in _LONGEST:
-            one = "--seq-lens 2097152 --layers 1 --ballast-layers 31 --ballast-kept --repeats 0"
-            found.append((f"{start} fpdt {one} --fpdt '{_STREAMED}' --out {shape}_longest.json", 290))
-    shared = "python -m benchmarks.shared_step --gpus 2 --repeats 1 --time-limit 540 --contenders"
-    one = json.dumps(OFFLOADED, separators=(",", ":"))
-    return [
-        *found,
-        (f"{shared} tensor,fpdt,ulysses+liger --seq-lens 65536,131072,262144 --layers 4 --fpdt '{one}' --out shared.json", 480),
-        (f"{shared} tensor,fpdt,ulysses+liger --seq-lens 524288 --layers 2 --fpdt '{one}' --out shared_long.json", 240),
-    ]
+        if not short:
+            found += [
+                _one_gpu(shape, peers, _LONG, 1, 1, f"{shape}_peers_long.json"),
+                _one_gpu(shape, "fpdt", _LONG, 1, 1, f"{shape}_fpdt_long.json", CHUNKS, OFFLOADED),
+            ]
+            if shape in _LONGEST:
+                found.append(_one_gpu(shape, "fpdt", "2097152", 1, 0, f"{shape}_longest.json", STREAMED))
+    if short:
+        found += [
+            _one_gpu("llama-3.1-8b", "fpdt", "524288", 1, 0, "chunks_long.json", CHUNKS),
+            _one_gpu("llama-3.1-8b", "fpdt", "1048576", 1, 0, "streamed_long.json", STREAMED),
+        ]
+        return found + [_two_gpus(name, "65536,262144", 2, f"shared_{name}.json") for name in _SHARED]
+    found += [_two_gpus(name, "65536,131072,262144", 4, f"shared_{name}.json") for name in _SHARED]
+    return found + [_two_gpus(name, "524288", 2, f"shared_{name}_long.json") for name in _SHARED]
+
+
+def _one_gpu(shape: str, contenders: str, seq_lens: str, layers: int, repeats: int, out: str, *fpdt: dict) -> Job:
+    words = (
+        f"--shape {shape} --contenders {contenders} --seq-lens {seq_lens} --layers {layers} --repeats {repeats} --time-limit"
+    )
+    words = [*words.split(), str(_LATEST_S), "--ballast-layers", str(DEPTHS[shape] - layers), "--ballast-kept", "--out", out]
+    return job_of("train_step", [*words, *(["--fpdt", json.dumps(fpdt, separators=(",", ":"))] if fpdt else [])])
+
+
+def _two_gpus(contender: str, seq_lens: str, layers: int, out: str) -> Job:
+    words = f"--contenders {contender} --gpus 2 --seq-lens {seq_lens} --layers {layers} --repeats 1 --time-limit {_LATEST_S}"
+    fpdt = ["--fpdt", json.dumps(OFFLOADED, separators=(",", ":"))] if contender == "fpdt" else []
+    return job_of("shared_step", [*words.split(), "--out", out, *fpdt])
 
 
 @dataclass(frozen=True)
@@ -69,13 +96,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="results of benchmarks/train_step.py and shared_step.py")
     parser.add_argument("--commands", action="store_true", help="print the commands that make them, and their seconds")
+    parser.add_argument("--short", action="store_true", help="with --commands: a selection")
     parser.add_argument("--out", default="efficiency.png", help="path of the picture")
     args = parser.parse_args()
-    if args.commands == bool(args.files):
-        parser.error("either --commands or files with results are needed.")
+    if args.commands == bool(args.files) or (args.short and not args.commands):
+        parser.error("either --commands, with or without --short, or files with results are needed.")
     if args.commands:
-        for command, seconds in commands():
-            print(f"# about {seconds} s\n{command}")
+        print("\n".join(map(str, commands(args.short))))
         return
     series = series_of([row for path in args.files for call in read_calls(path) for row in call["rows"]])
     print("\n".join(table(series)))
@@ -94,7 +121,7 @@ def series_of(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
     for row in rows:
         if "error" in row or "not_run" in row:
             continue
-        if odd := [name for name in ("documents", "window", "lora") if row.get(name)]:
+        if odd := [name for name in ("documents", "window", "lora", "without", "copies") if row.get(name)]:
             raise ValueError(f"a row with {', '.join(odd)} in its settings: rows of plain steps are needed, see --commands.")
         points = found.setdefault(row["shape"], {}).setdefault(strategy(row), {})
         if row["seq_len"] in points:

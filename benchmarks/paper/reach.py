@@ -3,6 +3,7 @@ The longest sequence that a strategy trains, by bisection: what limits it in the
 
     python -m benchmarks.paper.reach --strategies sdpa,liger,chunks --time-limit 480 --out reach.json
     python -m benchmarks.paper.reach --strategies fpdt --start 1048576 --most 2097152 --out reach_fpdt.json
+    python -m benchmarks.paper.reach --commands
 
 Method: tries as `train_step.py` makes them, each in a fresh process: one layer runs one whole step, and the GPU memory of the
 other layers of the real model is held (`ballast.py`): weights, gradients and what each keeps for the backward. Lengths are
@@ -10,16 +11,24 @@ doubled or halved from `--start` until one fits and one does not, then the gap i
 GPU or the host, ends a length; a try that fails otherwise, or comes too late, ends the strategy. Every try is a row, and a last
 row of each strategy says what it reached: the longest that ran, and the shortest that did not (none: all up to `--most` ran).
 
+With `--confirm 3` the length that was reached runs once more, three steps in one process, all with a finite loss; the last row
+says how many there were (0: it does not train on). `--commands` prints what measures the reach of an H100 of 80 GB, and a fixed
+length on two, for `spread.py`; with `--host` one try that takes most of 512 GiB of host memory.
+
 What absent layers keep in host memory is held with `--host`, on machines that have it. Without, the reach is that of the GPU,
 and `host_gib_for_all` says what the whole model keeps there. `--go-on reach.json` does not repeat the tries of that file.
 """
 
 import argparse
+import json
+import shlex
 import time
 from collections.abc import Callable
 
 from benchmarks.ahead import run_ahead
 from benchmarks.ballast import kept_bytes
+from benchmarks.paper.expected import COMMAND_S, job_of, seconds_of
+from benchmarks.paper.spread import Job
 from benchmarks.point import Spec, command
 from benchmarks.result_files import read_calls, table, write_rows
 from benchmarks.shapes import DEPTHS, kv_dim, model_config, query_dim
@@ -33,28 +42,38 @@ STRATEGIES = {  # a contender, and settings of hf_fpdt
     "fpdt": ("fpdt", {"offload": "host", "recompute": True, "save_attention": False, "kv": "streamed"}),
 }
 _STEP = 1024  # tokens; every length is a multiple
+_REFUSED_S = 20  # of a try that is out of memory
+_HOST_GIB_BESIDE = 24  # of 1,048,576 tokens: the norm's input, and sums of grad K and grad V while they stream
 
 
 def main():
     args = _arguments()
+    if args.commands:
+        print("\n".join(map(str, commands(args.host))))
+        return
     started = time.monotonic()
     before = [row for path in args.go_on for call in read_calls(path) for row in call["rows"]]
     rows = [row for row in before if "reached" not in row and "not_run" not in row]
     for name in args.strategies.split(","):
 
-        def fits(seq_len: int, name: str = name) -> bool | None:
+        def fits(seq_len: int, steps: int = 1, name: str = name) -> bool | None:
             this = {"strategy": name, "shape": args.shape, "seq_len": seq_len, "host_held": args.host}
-            known = next((row for row in rows if all(row.get(key) == value for key, value in this.items())), None)
+            this |= {"steps": steps} if steps > 1 else {}
+            known = next((row for row in rows if _same_try(row, this)), None)
             if known is None:
                 left = args.time_limit is None or time.monotonic() - started < args.time_limit
-                known = this | _tried(spec_of(name, args, seq_len), left, args.time_limit)
+                known = this | _tried(spec_of(name, args, seq_len, steps), left, args.time_limit)
                 rows.append(known)
                 print(table([known])[0], flush=True)
                 write_rows("paper.reach", args.out, rows)
             return verdict(known)
 
         longest, shortest = search(fits, args.start, args.most, args.tolerance)
-        rows.append(reached(name, args, longest, shortest))
+        confirmed = None
+        if args.confirm > 1 and longest:
+            answer = fits(longest, args.confirm)
+            confirmed = {} if answer is None else {"confirmed_steps": args.confirm if answer else 0}
+        rows.append(reached(name, args, longest, shortest) | (confirmed or {}))
         print(f"{name}: reached {longest:,} tokens, not {shortest if shortest is None else format(shortest, ',')}", flush=True)
         write_rows("paper.reach", args.out, rows)
 
@@ -67,10 +86,14 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--most", type=int, default=4194304, metavar="TOKENS", help="no longer length is tried")
     parser.add_argument("--tolerance", type=float, default=0.05, help="between what fits and what does not, as a fraction")
     parser.add_argument("--host", action="store_true", help="hold the absent layers' host memory too; hf_fpdt only")
+    parser.add_argument("--confirm", type=int, default=1, metavar="N", help="run N steps at the length that was reached")
+    parser.add_argument("--commands", action="store_true", help="print commands for an H100 and their seconds, and run nothing")
     parser.add_argument("--go-on", nargs="*", default=[], metavar="FILE", help="results whose tries are not run again")
     parser.add_argument("--time-limit", type=float, metavar="S", help="tries not started by then are not run")
     parser.add_argument("--out", default="reach.json", help="JSON file, written after every try")
     args = parser.parse_args(words)
+    if args.commands:
+        return args
     if unknown := [name for name in args.strategies.split(",") if name not in STRATEGIES]:
         raise ValueError(f"--strategies: got {', '.join(unknown)}; some of {', '.join(STRATEGIES)} are needed.")
     if args.shape not in DEPTHS:
@@ -80,12 +103,79 @@ def _arguments(words: list[str] | None = None):
             f"--start {args.start}, --most {args.most}, --tolerance {args.tolerance}: {_STEP} tokens at least, no more than "
             "--most, and a fraction between 0 and 1 are needed."
         )
+    if args.confirm < 1:
+        raise ValueError(f"--confirm {args.confirm}: one step, that of the search, is the least.")
     if args.host and (others := [name for name in args.strategies.split(",") if name != "fpdt"]):
         raise ValueError(f"--host with {', '.join(others)}: only the strategy fpdt moves tensors to host memory of its own.")
     return args
 
 
-def spec_of(name: str, args, seq_len: int) -> Spec:
+def commands(host: bool = False) -> list[Job]:
+    """
+    On an H100 of 80 GB, each within ten minutes. Starts are near what is expected, so that few tries are needed; seconds are
+    those of the tries that such a search takes.
+
+    Args:
+        host: one try of 1,048,576 tokens with all that the whole model keeps on the host, which takes most of 512 GiB; else the
+            searches, and a fixed length on two GPUs.
+    """
+    if host:
+        words = f"--strategies fpdt --host --start {1 << 20} --most {1 << 20} --out reach_fpdt_host.json".split()
+        kept = DEPTHS["llama-3.1-8b"] * _host_bytes("llama-3.1-8b", STRATEGIES["fpdt"][1]) / 1024  # GiB of 2**20 tokens
+        return [_job(words, "fpdt", (1 << 20,), host_gib=_HOST_GIB_BESIDE + round(kept))]
+    found = [
+        _job(["--strategies", name, "--start", str(start), "--confirm", "3", "--out", f"reach_{name}.json"], name, (start,) * 4)
+        for name, start in (("sdpa", 16384), ("liger", 98304), ("alst", 229376), ("chunks", 98304))
+    ]
+    words = [
+        "--strategies",
+        "fpdt",
+        "--start",
+        "1572864",
+        "--most",
+        "1835008",
+        "--tolerance",
+        "0.1",
+        "--out",
+        "reach_fpdt.json",
+    ]
+    found.append(_job(words, "fpdt", (1572864, 1703936)))
+    settings = json.dumps({"offload": "host", "recompute": True, "kv": "streamed"}, separators=(",", ":"))
+    words = [
+        "--contenders",
+        "fpdt",
+        "--gpus",
+        "2",
+        "--layers",
+        "1",
+        "--repeats",
+        "0",
+        "--seq-lens",
+        "3145728",
+        "--time-limit",
+        "560",
+    ]
+    return [*found, job_of("shared_step", [*words, "--fpdt", settings, "--out", "reach_2gpus.json"])]
+
+
+def _job(words: list[str], name: str, lengths: tuple[int, ...], host_gib: int | None = None) -> Job:
+    command = shlex.join(["python", "-m", "benchmarks.paper.reach", "--time-limit", "420", *words])
+    return Job(command, _seconds(words, name, lengths), host_gib=host_gib)
+
+
+def _seconds(words: list[str], name: str, lengths: tuple[int, ...]) -> int:
+    """Of tries of these lengths, and of the confirmation if there is one; two more tries are refused."""
+    args = _arguments(words)
+    tries = [spec_of(name, args, seq_len) for seq_len in lengths]
+    tries += [spec_of(name, args, lengths[-1], args.confirm)] if args.confirm > 1 else []
+    return round(COMMAND_S + 2 * _REFUSED_S + sum(seconds_of(spec, gpu_gib=1e9) for spec in tries))
+
+
+def _same_try(row: dict, wanted: dict) -> bool:
+    return row.get("steps", 1) == wanted.get("steps", 1) and all(row.get(key) == value for key, value in wanted.items())
+
+
+def spec_of(name: str, args, seq_len: int, steps: int = 1) -> Spec:
     """One try: one layer runs, the rest of the depth is held."""
     contender, settings = STRATEGIES[name]
     absent = DEPTHS[args.shape] - 1
@@ -95,7 +185,7 @@ def spec_of(name: str, args, seq_len: int) -> Spec:
         seq_len=seq_len,
         shape=args.shape,
         layers=1,
-        repeats=0,
+        repeats=steps - 1,
         fpdt=settings,
         ballast_layers=absent,
         ballast_kept=True,
