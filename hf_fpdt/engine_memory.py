@@ -16,7 +16,8 @@ STAGES = (2, 3)
 GPUS_A_HOST = 8  # at most
 _WEIGHT_BYTES, _STATE_BYTES = 2, 12
 _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size
-_PREFETCHED_ELEMENTS = 50_000_000  # its stage3_prefetch_bucket_size
+_LIVE_ELEMENTS = 1_000_000_000  # its stage3_max_live_parameters
+_STEP_ELEMENTS = 1_000_000_000  # its sub_group_size
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,22 @@ class Engine:
             whole = (whole + _WEIGHT_BYTES * trained) // self.gpus + _WEIGHT_BYTES * _BUCKET_ELEMENTS
         return whole + _STATE_BYTES * trained // self.gpus
 
-    def passing(self, largest: int, trained: int) -> int:
+    def passing(self, trained: int, frozen: int, layer: int) -> int:
         """
-        Bytes that pass through a GPU beside a layer's own: gathered weights, and gradients on their way to the shards.
+        Bytes that pass through a GPU in forward and backward: weights that are gathered, those that are used again soon among
+        them, and gradients on their way from a layer into the bucket, and, copied once more, from the bucket to the shards.
 
         Args:
-            largest: elements of the largest module that is gathered at once: a decoder layer, the embedding, the output layer.
-            trained: elements of the largest of them that is trained.
+            layer: trained elements of a decoder layer.
         """
+        bucket = min(_BUCKET_ELEMENTS, trained)
         if not self.shards_weights:
-            return 0
-        return _WEIGHT_BYTES * (largest + _PREFETCHED_ELEMENTS + trained)
+            return 2 * _WEIGHT_BYTES * bucket
+        return _WEIGHT_BYTES * (min(_LIVE_ELEMENTS, trained + frozen) + bucket + layer)
+
+    def stepping(self, trained: int) -> int:
+        """Bytes of the fp32 gradients that the optimizer works on at a time."""
+        return 4 * min(_STEP_ELEMENTS, trained // self.gpus)
 
     def sent(self, trained: int, frozen: int) -> float:
         """Bytes that leave a GPU in forward and backward for weights and their gradients."""

@@ -9,9 +9,9 @@ keep on the device, what the phase needs for the whole sequence, and the interme
     final norm            whole sequence: the first layer's input, the last one's output, its own output; K and V on their way
     loss                  whole sequence: the last norm's output and its gradient, and its input unless that is kept elsewhere;
                           fp32 sums of the head's gradient
-    backward of a layer   whole sequence: grad_y (grad_x takes its place), K, V and their fp32 gradients; fp32 sums of the
-                          weights' gradients; x, out and lse of this chunk and the next; near the end, what the layer below
-                          needs first
+    backward of a layer   whole sequence: grad_y (grad_x takes its place where it can), K, V and their fp32 gradients; fp32 sums
+                          of the weights' gradients; x, out and lse of this chunk and the next; near the end, what the layer
+                          below needs first
 """
 
 from collections.abc import Callable, Sequence
@@ -100,6 +100,8 @@ class ModelFootprint:
         other_grads: bytes of the gradients of weights that belong to neither layers nor head.
         grads_held: whether `resident` has the gradients of all weights already.
         passing: bytes of what an engine has under way in any phase: weights that it gathers, gradients that it reduces.
+        stepping: bytes that the optimizer's step takes beside `resident`, if that is known.
+        grad_y_held: whether an engine holds on to the gradient of a layer's output, whose place that of the input takes else.
     """
 
     layers: Sequence[LayerFootprint]
@@ -109,6 +111,8 @@ class ModelFootprint:
     other_grads: int
     grads_held: bool
     passing: int = 0
+    stepping: int = 0
+    grad_y_held: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ class MemoryModel:
             grads += 0 if held else model.layers[index].weight_grads
         end = model.layers[0].hidden * self._tokens + (0 if held else model.other_grads)
         phases.append((base + grads + end, "backward of the embedding"))
+        phases.append((model.resident + reserve + model.stepping, "optimizer's step"))
         device, phase = max(phases)
         host, disk = (self._waiting(kept, placements, place) for place in ("host", "disk"))
         return Peaks(round(device), phase, round(host), round(disk))
@@ -232,7 +237,7 @@ class MemoryModel:
     def _backward(self, index: int, placements: Sequence[LayerPlacement]) -> float:
         layer, placement = self.model.layers[index], placements[index]
         chunk, on_device, several = self._bytes[id(layer)], placement.place == "device", self.num_chunks > 1
-        whole = layer.hidden
+        whole = layer.hidden * (1 + self.model.grad_y_held)
         if not self.stream_kv:
             whole += layer.key_value_sums + (0 if on_device else layer.key_value)
         # `chunk.backward` has out and lse of the chunk, as if they were its own.

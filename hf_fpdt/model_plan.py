@@ -156,13 +156,15 @@ def _by_engine(engine: Engine, model, layers, head, footprint: ModelFootprint, t
     heads = [] if head is None else [head]
     weights = {id(weight): weight for module in (model, *heads) for weight in module.parameters()}.values()
     trained, frozen = (sum(weight.numel() for weight in weights if weight.requires_grad == wanted) for wanted in (True, False))
-    together = [*layers, model.get_input_embeddings(), *heads]  # each is gathered at once
-    largest = max(sum(weight.numel() for weight in module.parameters()) for module in together)
-    largest_trained = max(sum(w.numel() for w in module.parameters() if w.requires_grad) for module in together)
-    held, passing = engine.held(trained, frozen), engine.passing(largest, largest_trained)
-    if engine.shards_weights:
-        footprint = replace(footprint, grads_held=True)
-    footprint = replace(footprint, resident=held, passing=passing)
+    layer = max(sum(weight.numel() for weight in one.parameters() if weight.requires_grad) for one in layers)
+    footprint = replace(
+        footprint,
+        resident=engine.held(trained, frozen),
+        passing=engine.passing(trained, frozen, layer),
+        stepping=engine.stepping(trained),
+        grads_held=footprint.grads_held or engine.shards_weights,
+        grad_y_held=engine.shards_weights,
+    )
     return footprint, None if timing is None else replace(timing, sent=engine.sent(trained, frozen))
 
 

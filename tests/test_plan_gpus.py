@@ -103,6 +103,12 @@ def test_sizes_of_an_8b_model():
     assert Engine(4, 4, 3).sent(count, 0) == 3 * 2 * count * 3 / 4
     assert Engine(4, 4, 2).sent(count, 100) == 2 * count * 3 / 4
     assert Engine(1, 1, 3).sent(count, 0) == 0
+    layer = 218_112_000  # what is live, a bucket, and a layer's gradients; smaller models have no more than their weights
+    assert Engine(4, 4, 3).passing(count, 0, layer) == 2 * (10**9 + 5 * 10**8 + layer)
+    assert Engine(4, 4, 3).passing(1000, 500, 100) == 2 * (1500 + 1000 + 100)
+    assert Engine(4, 4, 2).passing(count, 0, layer) == 2 * 10**9
+    assert Engine(4, 4, 3).stepping(count) == 4 * 10**9
+    assert Engine(16, 16, 3).stepping(count) == count // 4
 
 
 # What its processes exchange
