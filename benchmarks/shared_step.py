@@ -10,9 +10,9 @@ step: how much of the all-to-alls, of the engine's collectives and of the copies
 """
 
 import argparse
+import contextlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -100,11 +100,20 @@ def launched(words: list[str], seconds: float | None) -> Outcome:
     try:
         stdout, stderr = process.communicate(timeout=seconds)
     except BaseException as error:
-        os.killpg(process.pid, 9)  # the ranks as well
+        _end(process)
         stdout, stderr = process.communicate()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
     return Outcome(process.returncode, stdout, stderr, time.monotonic() - started)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """At once, with all that it started: torch's launcher gives every rank a session of its own."""
+    import psutil
+
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 if __name__ == "__main__":
