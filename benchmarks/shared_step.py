@@ -10,9 +10,9 @@ step: how much of the all-to-alls, of the engine's collectives and of the copies
 """
 
 import argparse
+import contextlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -101,20 +101,20 @@ def launched(words: list[str], seconds: float | None) -> Outcome:
     try:
         stdout, stderr = process.communicate(timeout=seconds)
     except BaseException as error:
-        stdout, stderr = _end(process)
+        _end(process)
+        stdout, stderr = process.communicate()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
     return Outcome(process.returncode, stdout, stderr, time.monotonic() - started)
 
 
-def _end(process: subprocess.Popen) -> tuple[str, str]:
-    """The launcher ends its ranks, which are in sessions of their own, if it is asked to."""
-    process.terminate()
-    try:
-        return process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        return process.communicate()
+def _end(process: subprocess.Popen) -> None:
+    """At once, with all that it started: torch's launcher gives every rank a session of its own."""
+    import psutil
+
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 if __name__ == "__main__":

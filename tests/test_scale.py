@@ -5,12 +5,15 @@ A failure means GPU time spent on a point that cannot end or does not fit, or a 
 """
 
 import json
+import os
 import re
 import shlex
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -19,8 +22,10 @@ from benchmarks.ahead import Outcome
 from benchmarks.result_files import read_calls, read_rows
 from benchmarks.scale import estimates, run
 from benchmarks.scale.points import SETS, ScaleSpec, points_of
-from benchmarks.scale.step import LEARNING_RATE, Rows
+from benchmarks.scale.step import LEARNING_RATE, Rows, lock_ahead
 from benchmarks.shapes import llama_config
+from benchmarks.shared_step import launched
+from hf_fpdt.host_arena import HostArena
 
 ROOT = Path(__file__).parent.parent
 LAYER, HEAD = 218_103_808, 4096 * 128256  # weights of Llama-3.1-8B
@@ -43,9 +48,11 @@ def test_seconds_of_a_point():
         flops = 6 * (8 * LAYER + HEAD) * tokens + 8 * attention * tokens**2 * 4096
         return flops / (4 * 0.45 * 989e12)
 
-    assert estimates.estimate(spec).seconds == pytest.approx(45 + sum(seconds(n, 6) for n in spec.lengths))
     again = estimates.settled(llama(1 << 20, 8, fpdt={"save_attention": False}), 1000, 74)
     assert estimates.estimate(again).seconds == pytest.approx(45 + seconds(131072, 8) + seconds(1 << 20, 8))
+    locking = 0.7 * ((1 << 20) * (8 * 20608 + 8192) / GIB / 4 - 30)
+    assert locking > 0
+    assert estimates.estimate(spec).seconds == pytest.approx(45 + locking + sum(seconds(n, 6) for n in spec.lengths))
 
 
 def test_two_groups_do_twice_the_work_on_all_gpus():
@@ -196,6 +203,27 @@ def test_points_that_cannot_end_in_time_are_not_started(tmp_path, monkeypatch):
     assert run.os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
 
 
+def test_ranks_end_with_a_point_that_takes_too_long(tmp_path):
+    """As torch's launcher starts them: in sessions of their own, with the launcher's output."""
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    started = time.monotonic()
+    outcome = launched([sys.executable, "-c", parent], 2.0)
+    assert (outcome.returncode, outcome.stdout) == (-signal.SIGKILL, "")
+    assert time.monotonic() - started < 30
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_host_memory_is_locked_ahead_and_left_free():
+    locked = []
+    arena = HostArena(slab_bytes=1 << 12, lock=lambda slab: locked.append(slab.numel()), unlock=lambda slab: None)
+    lock_ahead(arena, 3 << 20)
+    assert (sum(locked), arena.used_bytes) == (3 << 20, 0)
+    arena.take(3 << 20)
+    assert sum(locked) == 3 << 20
+
+
 # A launch
 
 
@@ -236,22 +264,22 @@ def plain_loop(lengths: list[int], groups: int, rate: float) -> list[tuple[float
     return found
 
 
-def launch(tmp_path, *words: str) -> dict:
-    out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.scale.run", "--shape", "tiny", "--device", "cpu", "--seq-len", "512"]
-    command += ["--layers", "2", "--steps", "2", "--fpdt", '{"chunk_size": 128}', "--out", str(out), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def launch(monkeypatch, out: Path, *words: str) -> dict:
+    command = ["run", "--shape", "tiny", "--device", "cpu", "--seq-len", "512", "--layers", "2", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--fpdt", '{"chunk_size": 128}', "--out", str(out), *words])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.chdir(ROOT)
+    run.main()
     ((row,),) = (call["rows"] for call in read_calls(out))
     assert "error" not in row, row["error"]
     return row
 
 
 @pytest.mark.parametrize(("gpus", "groups"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
-def test_a_launch_on_cpus_is_a_training_run(tmp_path, gpus, groups):
+def test_a_launch_on_cpus_is_a_training_run(tmp_path, monkeypatch, gpus, groups):
     """Every loss, and the last gradient norm; the steps of AdamW are in the losses after them."""
     pytest.importorskip("deepspeed")
-    row = launch(tmp_path, "--gpus", str(gpus), "--sp", "2")
+    row = launch(monkeypatch, tmp_path / "out.json", "--gpus", str(gpus), "--sp", "2")
     want = plain_loop([256, 512, 512], groups, LEARNING_RATE)
     assert row["losses"] == pytest.approx([loss for loss, _ in want], abs=2e-6)
     assert row["grad_norm"] == pytest.approx(want[-1][1], rel=1e-5)
@@ -263,4 +291,12 @@ def test_a_launch_on_cpus_is_a_training_run(tmp_path, gpus, groups):
     assert row["step_s"] == row["all_steps_s"][1]
     assert row["tokens_per_s_per_gpu"] == pytest.approx(groups * 512 / row["step_s"] / gpus)
     assert row["whole_model"]["step_s_at_most"] == row["step_s"]
-    assert {"ready_s", "warm_step_s", "host_gib", "host_gib_of_all", "estimated_seconds", "estimated_gpu_gib"} <= set(row)
+    assert {
+        "ready_s",
+        "waited_for_locking_s",
+        "warm_step_s",
+        "host_gib",
+        "host_gib_of_all",
+        "estimated_seconds",
+        "estimated_gpu_gib",
+    } <= set(row)

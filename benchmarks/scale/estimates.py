@@ -2,7 +2,8 @@
 Seconds, host memory and GPU memory of a point before it runs, and the settings by which it fits. Arithmetic on shapes.
 
     seconds   operations (`shapes.step_flops`, attention's forward once more if it is not saved) at 45% of the peak, and 45 s
-              for a launch: imports, weights, compilation of kernels, the end of the processes
+              for a launch: imports, weights, compilation of kernels, the end of the processes. More where page-locking the
+              host's memory takes longer than the model does
     host      what every layer keeps for its backward, by token: input, K, V, and with `save_attention` out and lse; and the
               final norm's input. Under ZeRO-3 all of it waits on the host
     GPU       weights, gradients, fp32 weights and two states of AdamW over all GPUs, and the larger of two moments: the forward
@@ -19,6 +20,8 @@ from .points import ScaleSpec
 START_S = 45.0
 _SHARE_OF_PEAK = 0.45
 _PEAK = PEAK_BF16["NVIDIA H100 80GB HBM3"]
+LOCK_S = 0.7  # of a GiB and rank; from first and later steps in benchmarks/results/shared_2xh200_2026-11-23.json
+LOCKED_MEANWHILE = 30  # GiB a rank
 TO_SPARE = 1.15  # of the host's memory
 _GIB = 2**30
 _ROTARY_AND_INDEX = 40  # bytes a token, beside the rotary tables: ids, labels and positions
@@ -68,7 +71,9 @@ def settled(spec: ScaleSpec, host_gib: float, gpu_gib: float) -> ScaleSpec:
 def estimate(spec: ScaleSpec) -> Estimate:
     """Of a settled point."""
     host = host_bytes(spec, spec.fpdt["save_attention"]) / _GIB
-    return Estimate(START_S + sum(_seconds(spec, tokens) for tokens in spec.lengths), host, gpu_bytes(spec) / _GIB)
+    locking = LOCK_S * max(host / spec.gpus - LOCKED_MEANWHILE, 0)
+    steps = sum(_seconds(spec, tokens) for tokens in spec.lengths)
+    return Estimate(START_S + locking + steps, host, gpu_bytes(spec) / _GIB)
 
 
 def host_bytes(spec: ScaleSpec, save_attention: bool, layers: int | None = None) -> float:
@@ -82,6 +87,11 @@ def host_bytes(spec: ScaleSpec, save_attention: bool, layers: int | None = None)
     layer += 2 * query_dim(config) + 4 * config.num_attention_heads if save_attention else 0
     last = max(2 * config.hidden_size, 8 * kv_dim(config) if spec.fpdt.get("kv") == "streamed" else 0)
     return spec.dp * spec.seq_len * ((spec.layers if layers is None else layers) * layer + last)
+
+
+def host_bytes_of_rank(spec: ScaleSpec) -> int:
+    """Of a settled point, on each of its GPUs."""
+    return int(host_bytes(spec, spec.fpdt["save_attention"]) / spec.gpus)
 
 
 def gpu_bytes(spec: ScaleSpec, bytes_a_weight: int = 16) -> float:

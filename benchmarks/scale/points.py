@@ -89,7 +89,7 @@ def points_of(name: str, gpus: int) -> list[ScaleSpec]:
 
     `trial`    that everything works: both models, a trace, groups with sequences of their own.
     `main`     256K to 1M tokens of both models.
-    `deep`     on 8 GPUs the whole Qwen3-8B at 1M tokens; on 4 half of it, and the whole Llama-3.1-8B at 512K.
+    `deep`     on 8 GPUs the whole Qwen3-8B at 1M tokens; on 4 a third of it, and the whole Llama-3.1-8B at 512K.
     `scaling`  four layers on 1, 2, 4 (and 8) GPUs, at 256K tokens and at 128K a GPU.
     `reach`    2M and 4M tokens.
     `mesh`     two groups that have sequences of their own, and one group.
@@ -138,8 +138,8 @@ _SETS = {
         _point(_LLAMA, _M, 8),
         _point(_LLAMA, 512 * _K, 32),
     ],
-    ("deep", 4): [_point(_QWEN, _M, 18), _point(_LLAMA, 512 * _K, 32)],
-    ("deep", 8): [_point(_QWEN, _M, 36), _point(_LLAMA, 256 * _K, 32)],
+    ("deep", 4): [_point(_QWEN, _M, 12), _point(_LLAMA, 512 * _K, 32)],
+    ("deep", 8): [_point(_QWEN, _M, 36)],
     ("scaling", 4): _scaling(4),
     ("scaling", 8): _scaling(8),
     ("reach", 4): [_point(_LLAMA, 2 * _M, 2), _point(_LLAMA, 4 * _M, 1)],

@@ -7,7 +7,7 @@ Full finetuning of 8B models on many GPUs of one host, 256K to 4M tokens a seque
 
 Every point is a launch of its own under ZeRO-3 (`step.py`): weights, gradients, fp32 weights and AdamW's states are spread over
 all GPUs, each sequence over `--sp` of them. A short warm-up step of two chunks compiles the kernels; then `--steps` long ones,
-optimizer included, from all ranks ready to all ranks done. With one long step, page-locking the host's memory is in its time.
+optimizer included, from all ranks ready to all ranks done. Host memory is page-locked before, while the model is made.
 Memory: torch's peak of allocated bytes and what hf_fpdt locked, of the rank that has most. Where fewer layers run than the
 model has, `whole_model` says what a step of all would take: `step_s * operations of all / operations that ran`, and at most
 `step_s * depth / layers`. Points that do not fit the memory are refused before any starts (`estimates.py`).
@@ -16,6 +16,8 @@ model has, `whole_model` says what a step of all would take: `step_s * operation
 import argparse
 import json
 import os
+import signal
+import sys
 import time
 from dataclasses import asdict, replace
 
@@ -39,6 +41,7 @@ def main():
     print("\n".join(as_lines(specs, estimates)), flush=True)
     if args.dry_run:
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with the ranks, see `launched`
     for name, value in _WITHOUT_MULTICAST.items():
         os.environ.setdefault(name, value)
     rows: list[dict] = []

@@ -14,16 +14,18 @@ import statistics
 import sys
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from benchmarks.point import PEAK_BF16, is_memory_shortage
 from benchmarks.shared_point import _memory, _Step, _timed, _whole
 from benchmarks.shared_trace import traced
 
-from .estimates import whole_model
+from .estimates import host_bytes_of_rank, whole_model
 from .points import ScaleSpec
 
 LEARNING_RATE = 1e-4
+_SLAB_BYTES = 4 << 30  # K of 8M tokens on 4 GPUs
 _PATIENCE_MINUTES = 30  # of collectives: one may be sent minutes before the GPU comes to it
 
 
@@ -34,11 +36,13 @@ def main():
 
     from benchmarks.contenders import prepare
 
+    locking = None
     if spec.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        locking = _start_locking(host_bytes_of_rank(spec))
         prepare(spec.contender)  # Liger runs on GPUs only
     try:
-        row = measure(spec, started)
+        row = measure(spec, started, locking)
     except Exception as error:
         row = {"error": "".join(traceback.format_exception(error))[-1500:]}
         if is_memory_shortage(error):
@@ -48,8 +52,8 @@ def main():
     os._exit(0 if "step_s" in row else 1)  # at once: the other ranks may wait for this one, and then for their launcher
 
 
-def measure(spec: ScaleSpec, started: float) -> dict:
-    """The row of a point, printed by rank 0."""
+def measure(spec: ScaleSpec, started: float, locking: Future | None = None) -> dict:
+    """The row of a point, printed by rank 0, after `locking` is done."""
     import torch
     import torch.distributed as dist
 
@@ -57,13 +61,17 @@ def measure(spec: ScaleSpec, started: float) -> dict:
 
     config = model_config(spec.shape, spec.layers)
     step = start(spec, config)
+    started_s = time.perf_counter() - started
+    if locking is not None:
+        locking.result()
     ready_s = time.perf_counter() - started
     warm_s, warm_loss = _timed(step, spec.device)
     if spec.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = [_timed(step, spec.device) for _ in range(spec.steps)]
     seconds, losses = [one for one, _ in found], [warm_loss, *(loss for _, loss in found)]
-    row = {"ready_s": ready_s, "warm_step_s": warm_s} | _speed(spec, config, seconds)
+    row = {"ready_s": ready_s, "waited_for_locking_s": ready_s - started_s, "warm_step_s": warm_s}
+    row |= _speed(spec, config, seconds)
     row |= {"losses": losses, "loss": losses[-1]} | step.engine() | _memory(spec.device) | _host_of_all(spec.device)
     if not all(map(math.isfinite, [*losses, row["grad_norm"]])):
         row["error"] = f"losses {losses} and gradient norm {row['grad_norm']} are not all finite"
@@ -74,6 +82,29 @@ def measure(spec: ScaleSpec, started: float) -> dict:
         say(row)
     dist.barrier()
     return row
+
+
+def _start_locking(num_bytes: int) -> Future:
+    """Host memory for this GPU, in a thread while the model is made: a gigabyte takes the better part of a second."""
+    import torch
+
+    from hf_fpdt.transfers import transfers_for  # not in the thread: others import it too
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    arena = transfers_for(device).arena
+
+    def lock() -> None:
+        torch.cuda.set_device(device)  # of this thread
+        lock_ahead(arena, num_bytes)
+
+    return ThreadPoolExecutor(1).submit(lock)
+
+
+def lock_ahead(arena, num_bytes: int) -> None:
+    """Makes the arena lock so much, in slabs that hold the largest tensors, and leaves all of it free."""
+    pieces = [arena.take(min(_SLAB_BYTES, num_bytes - begin)) for begin in range(0, num_bytes, _SLAB_BYTES)]
+    for piece in pieces:
+        piece.give_back()
 
 
 def _say(rank: int, row: dict) -> None:
@@ -89,7 +120,7 @@ def _speed(spec: ScaleSpec, config, seconds: list[float]) -> dict:
     timed = seconds[1:] or seconds
     step_s, gpu = statistics.median(timed), torch.cuda.get_device_name() if spec.device == "cuda" else "none (CPU)"
     row = {"first_step_s": seconds[0], "step_s": step_s, "all_steps_s": seconds, "long_steps": spec.steps}
-    row["timed"] = "the only long step, host memory locked in it" if spec.steps == 1 else f"median of the last {len(timed)}"
+    row["timed"] = "the only long step" if spec.steps == 1 else f"median of the last {len(timed)}"
     row["tokens_per_s"] = spec.dp * spec.seq_len / step_s
     row["tokens_per_s_per_gpu"] = row["tokens_per_s"] / spec.gpus
     flops = spec.dp * step_flops(config, spec.seq_len) / step_s / spec.gpus
