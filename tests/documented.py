@@ -104,6 +104,6 @@ class Reader:
         """Runs a command to its good end; what it printed."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         line, variables = list(map(str, words)), self.environment(**variables)
-        done = subprocess.run(line, env=variables, cwd=self.folder, timeout=200, **pipes)
+        done = subprocess.run(line, env=variables, cwd=self.folder, timeout=280, **pipes)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -148,10 +148,11 @@ def test_a_script_that_knows_nothing_of_it(reader, checkpoint, tmp_path):
     script += ["--max_steps", "4", "--logging_steps", "1", "--learning_rate", "0.01", "--per_device_train_batch_size", "2"]
     script += ["--use_cpu", "--report_to", "none", "--save_steps", "2", "--model_name_or_path"]
     through = ["accelerate", "launch", "--config_file", "accelerate_configs/fpdt_single_gpu.yaml", "-m", "hf_fpdt.run"]
+    alone = ["python", "-m", "hf_fpdt.run"]
     runs = {
         "plain": (["python", *script, checkpoint], {}),
         "streamed": ([*through, *script, named], {"FPDT_CHUNK_SIZE": "48"}),
-        "resumed": ([*through, *script, named, "--resume_from_checkpoint", tmp_path / "streamed" / "checkpoint-2"], {}),
+        "resumed": ([*alone, *script, named, "--resume_from_checkpoint", tmp_path / "streamed" / "checkpoint-2"], {}),
     }
     logs = {}
     for name, (words, variables) in runs.items():
