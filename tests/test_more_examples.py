@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,16 +149,17 @@ def test_a_script_that_knows_nothing_of_it(reader, checkpoint, tmp_path):
     script += ["--max_steps", "4", "--logging_steps", "1", "--learning_rate", "0.01", "--per_device_train_batch_size", "2"]
     script += ["--use_cpu", "--report_to", "none", "--save_steps", "2", "--model_name_or_path"]
     through = ["accelerate", "launch", "--config_file", "accelerate_configs/fpdt_single_gpu.yaml", "-m", "hf_fpdt.run"]
-    alone = ["python", "-m", "hf_fpdt.run"]
-    runs = {
-        "plain": (["python", *script, checkpoint], {}),
-        "streamed": ([*through, *script, named], {"FPDT_CHUNK_SIZE": "48"}),
-        "resumed": ([*alone, *script, named, "--resume_from_checkpoint", tmp_path / "streamed" / "checkpoint-2"], {}),
-    }
-    logs = {}
-    for name, (words, variables) in runs.items():
-        reader.run([*words, "--output_dir", tmp_path / name], **variables)
-        logs[name] = json.loads((tmp_path / name / "log.json").read_text())
+    resumed = ["--resume_from_checkpoint", tmp_path / "streamed" / "checkpoint-2"]
+
+    def log_of(name: str, *words) -> list[dict]:
+        reader.run([*words, "--output_dir", tmp_path / name], FPDT_CHUNK_SIZE="48")
+        return json.loads((tmp_path / name / "log.json").read_text())
+
+    with ThreadPoolExecutor() as both:
+        plain = both.submit(log_of, "plain", "python", *script, checkpoint)
+        streamed = both.submit(log_of, "streamed", *through, *script, named)
+        logs = {"plain": plain.result(), "streamed": streamed.result()}
+    logs["resumed"] = log_of("resumed", "python", "-m", "hf_fpdt.run", *script, named, *resumed)
     assert "fpdt/tokens_per_s_per_gpu" in logs["streamed"][0]
     assert not any("fpdt" in key for key in logs["plain"][0])
     for what, count in (("loss", 4), ("eval_loss", 1), ("eval_accuracy", 1)):
