@@ -50,6 +50,14 @@ def _uninitialized_memory_is_nan(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
 
 
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory):
+    """Somebody who has installed the package from a copy of the checkout, in a folder of their own."""
+    from documented import Reader
+
+    return Reader(tmp_path_factory.mktemp("reader"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same random stream and leaves no global switch behind."""

@@ -1,18 +1,22 @@
-"""Command lines as the documentation has them, and as they can be tried: with tiny models and files for its placeholders."""
+"""
+Command lines as the documentation has them, and as they can be tried: with tiny models and files for its placeholders, by a
+reader who has installed the package and stands in a folder with the examples.
+"""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import venv
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "examples/README.md", "docs/launching.md", "docs/watching.md", "docs/settings.md")
-PROGRAMS = {
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-    "hf-fpdt": [sys.executable, "-m", "hf_fpdt.cli"],
-    "python": [sys.executable],
-}
+PROGRAMS = {"accelerate", "bash", "hf-fpdt", "python"}
+SOURCES = ("hf_fpdt", "examples", "accelerate_configs", "pyproject.toml", "README.md", "LICENSE")
 ON_CPUS = {"fpdt_zero3_2gpu": "fpdt_zero3_2cpu"}
 
 
@@ -57,4 +61,49 @@ def as_tried(words: list[str], names: dict[str, object]) -> list[str]:
         words = [word.replace(name, on_cpus) for word in words]
     if words[:2] == ["accelerate", "launch"] and "--main_process_port" not in words:
         words[2:2] = ["--main_process_port", "0"]  # any that is free
-    return [*PROGRAMS[words[0]], *words[1:]]
+    return words
+
+
+class Reader:
+    """
+    Somebody who has followed the README: hf_fpdt was installed from a copy of the checkout into a new virtual environment, to
+    which the one that the tests run in lends everything else. In `folder` is what the copy has besides.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, environment = folder / "checkout", folder / "venv"
+        ignored = shutil.ignore_patterns("__pycache__")
+        for name in SOURCES:
+            source, target = ROOT / name, self.folder / name
+            target.parent.mkdir(exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=ignored)
+            else:
+                shutil.copy(source, target)
+        venv.create(environment, symlinks=True)
+        self.programs = environment / "bin"
+        (site,) = environment.glob("lib/python*/site-packages")
+        borrowed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        (site / "borrowed.pth").write_text("\n".join(borrowed))
+        install = f"-m pip --python {self.programs / 'python'} install --quiet --no-index --no-deps --no-build-isolation"
+        subprocess.run([sys.executable, *install.split(), str(self.folder)], check=True, timeout=100)
+        for name in ("hf_fpdt", "hf_fpdt.egg-info", "build"):  # what runs is what was installed
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        accelerate = self.programs / "accelerate"  # as pip would have made it
+        accelerate.write_text(f'#!/bin/sh\nexec "{self.programs}/python" -m accelerate.commands.accelerate_cli "$@"\n')
+        accelerate.chmod(0o755)
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """Without GPUs, settings of hf_fpdt and the paths of whoever runs the tests."""
+        mine = {name: value for name, value in os.environ.items() if not name.startswith("FPDT_")}
+        paths = [path for path in mine.pop("PYTHONPATH", "").split(os.pathsep) if path and ROOT not in Path(path, "_").parents]
+        fixed = {"PATH": f"{self.programs}{os.pathsep}{mine['PATH']}", "PYTHONPATH": os.pathsep.join(paths)}
+        return mine | fixed | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
+
+    def run(self, words: list[str], **variables: str) -> str:
+        """Runs a command to its good end; what it printed."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        line, variables = list(map(str, words)), self.environment(**variables)
+        done = subprocess.run(line, env=variables, cwd=self.folder, timeout=280, **pipes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from documented import as_tried, command
 
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
@@ -109,16 +110,17 @@ def test_the_check_of_the_losses(monkeypatch, losses, message):
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
-def test_a_checkpoint_is_continued_at_four_times_its_length(name, directory, request):
-    """With YaRN, as the command line of the examples has it: learns like sdpa, and keeps what it was trained with."""
+def test_a_checkpoint_is_continued_at_four_times_its_length(name, directory, request, reader):
+    """With YaRN, by the command line of the examples: learns like sdpa, and keeps what it was trained with."""
     assert request.getfixturevalue(name).returncode == 0
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SEQ_LEN}
-    overrides = json.dumps({"max_position_embeddings": 4 * SEQ_LEN, "rope_parameters": rope})
-    options = ("--model_name_or_path", str(directory / name), "--config_overrides", overrides, "--seq_len", str(4 * SEQ_LEN))
     output = f"longer {name}"
-    result = finetune(directory, output, *options, "--learning_rate", "3e-3", "--compare_with", "sdpa")
-    assert result.returncode == 0, result.stderr
-    assert "the model was made for" not in result.stderr + result.stdout
+    words = command("examples/README.md", "bash examples/extend_context_yarn.sh")
+    names = {"path/to/checkpoint": directory / name, "books.jsonl": directory / "typing.py", "32768": SEQ_LEN}
+    more = ["--bf16", "false", "--max_steps", STEPS, "--learning_rate", "3e-3", "--compare_with", "sdpa"]
+    names["outputs/longer"] = directory / output
+    printed = reader.run([*as_tried(words, names), *more], HF_DATASETS_CACHE=str(directory / "datasets"))
+    assert "the model was made for" not in printed
     assert_same_losses(directory, output)
     before, after = (json.loads((directory / folder / "config.json").read_text()) for folder in (name, output))
     assert after["max_position_embeddings"] == 4 * SEQ_LEN

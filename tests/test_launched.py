@@ -238,16 +238,34 @@ def alone(script: str, words: list[str], folder: Path) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT | variables, cwd=ROOT)
 
 
-def test_one_process_killed_between_checkpoints_resumes_as_if_it_was_not(tmp_path):
-    """With dropout, in the middle of an epoch: the random numbers and the order of the samples go on as well."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run in one piece with dropout: the folder of its model, its log and its weights."""
+    folder = tmp_path_factory.mktemp("whole")
     # Tied: Trainer resumes no output layer of GPT-NeoX (docs/troubleshooting.md).
-    make_model(tiny_neox(hidden_dropout=0.1, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
-    words = ["--model", str(tmp_path / "model")]
-    want_log, want = trained(tmp_path / "whole", alone("train", words, tmp_path / "whole"))
-    assert len(want_log) == 5
-    assert want_log[-1][0] < want_log[0][0]
-    assert alone("killed", words, tmp_path / "out").returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    make_model(tiny_neox(hidden_dropout=0.1, tie_word_embeddings=True)).save_pretrained(folder / "model")
+    log, weights = trained(folder, alone("train", ["--model", str(folder / "model")], folder))
+    assert len(log) == 5
+    assert log[-1][0] < log[0][0]
+    return folder / "model", log, weights
+
+
+@pytest.mark.parametrize("end", ["killed", "full_disk"])
+def test_one_process_that_ended_early_resumes_as_if_it_had_not(end, whole, tmp_path):
+    """
+    In the middle of an epoch: the random numbers and the order of the samples go on as well. Killed between two checkpoints, or
+    ended by a disk that is full while the second is written, which leaves the first one alone.
+    """
+    model, want_log, want = whole
+    words = ["--model", str(model), "--save_total_limit", "1"]
+    ended = alone(end, words, tmp_path / "out")
+    if end == "killed":
+        assert ended.returncode == -signal.SIGKILL
+        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    else:
+        assert ended.returncode == 1
+        assert "File too large" in ended.stderr
+        assert not (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").exists()
     words += ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")]
     log, weights = trained(tmp_path / "out", alone("train", words, tmp_path / "out"))
     for step, values in enumerate(want_log):

@@ -3,9 +3,11 @@ Runs that go on: nothing grows from step to step, what breaks gives back what it
 as it does without streaming. A failure means a run that dies in its second night.
 """
 
+import errno
 import gc
 import itertools
 import math
+import os
 import resource
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import torch
 from reference import assert_gradients_close, loss_and_gradients, make_batch, make_model, make_streamed, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_fpdt import FPDTConfig, apply_fpdt
+from hf_fpdt import DiskSpaceError, FPDTConfig, apply_fpdt
+from hf_fpdt.disk_file import disk_file_for
 from hf_fpdt.transfers import transfers_for
 
 SETTINGS = [{"offload": "host"}, {"offload": "host", "kv": "streamed"}, {"recompute": False}]
@@ -72,6 +75,27 @@ def test_an_interrupted_step_gives_everything_back(settings, call):
     got, grads = loss_and_gradients(model, batch)
     assert abs(got - want) <= 2e-6 * want
     assert_gradients_close(grads, want_grads)
+
+
+def test_a_disk_that_fills_up_ends_the_step_and_the_next_is_right(monkeypatch, tmp_path):
+    model = make_streamed(tiny_llama(), 16, offload="disk", disk_folder=str(tmp_path))
+    batch, file, full = make_batch(2, 47), disk_file_for(str(tmp_path), torch.device("cpu")), []
+    want, want_grads = loss_and_gradients(make_model(tiny_llama(), "eager"), batch)
+
+    def pwrite(fd, data, at):
+        full.append(at)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(DiskSpaceError, match="No space left on device"):
+            model(**batch).loss.backward()
+    assert full
+    model.zero_grad()
+    got, grads = loss_and_gradients(model, batch)
+    assert abs(got - want) <= 2e-6 * want
+    assert_gradients_close(grads, want_grads)
+    assert file.used_bytes == 0 < file.file_bytes
 
 
 class _Norms(TrainerCallback):

@@ -1,7 +1,8 @@
 """
-The commands of the documentation, word for word: each names scripts, configurations and options that are there, and what the
-README says `hf-fpdt plan` prints is what it prints. `test_more_examples.py` runs those of the examples to their end. A failure:
-the first thing that somebody copies does not work.
+The commands of the documentation, word for word: each names scripts, configurations and options that are there. The first ones
+that a newcomer gives are run, by a reader who has installed the package in an environment of their own: the demo, the plan,
+which prints what the README shows, and the README's script as the README launches it. `test_more_examples.py` runs those of the
+examples. A failure: the first thing that somebody copies does not work.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented import PAGES, ROOT, as_tried, command, commands
+from reference import make_batch, make_model, tiny_llama
 from transformers import HfArgumentParser
 
 from hf_fpdt.cli import _parser as plan_parser
@@ -40,6 +42,21 @@ def check_script(words: list[str], monkeypatch) -> None:
         check_options(parser_of_example(Path(words[0]).stem, monkeypatch), words[1:])
     else:
         assert words[0] == "train.py"  # the reader's
+
+
+def check_shell(words: list[str], monkeypatch) -> None:
+    """`file.sh first second ... --options`: the options are those of the script that the file starts."""
+    text = (ROOT / words[0]).read_text()
+    subprocess.run(["bash", "-n", ROOT / words[0]], check=True)
+    (config,) = re.findall(r"accelerate_configs/\w+\.yaml", text)
+    assert (ROOT / config).is_file()
+    taken = int(re.search(r"\$\{@:(\d)\}", text)[1])
+    assert not any(word.startswith("--") for word in words[:taken])
+    if script := re.search(r"^ *(examples/\w+\.py) ", text, flags=re.M):
+        check_script([script[1], *words[taken:]], monkeypatch)
+    else:
+        assert "-m hf_fpdt.run" in text
+        check_script(words[taken:], monkeypatch)
 
 
 def check_module(name: str, words: list[str], monkeypatch) -> None:
@@ -84,6 +101,8 @@ def test_a_command_is_one_that_can_be_given(text, monkeypatch):
     program, *words = commands()[text]
     if program == "hf-fpdt":
         plan_parser().parse_args(words)
+    elif program == "bash":
+        check_shell(words, monkeypatch)
     elif program == "python":
         check_script(words, monkeypatch)
     elif words != ["launch", "..."]:
@@ -102,16 +121,51 @@ def test_what_is_wrong_is_found(monkeypatch):
         check_script(["examples/not_there.py"], monkeypatch)
 
 
-def test_the_plan_that_the_readme_shows(tmp_path):
+def test_the_plan_that_the_readme_shows(reader, tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     words = command("README.md", "hf-fpdt plan path/to/Llama-3.1-8B --seq-len 131072")
-    done = subprocess.run(
-        as_tried(words, {"path/to/Llama-3.1-8B": tmp_path}), capture_output=True, text=True, timeout=200, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = reader.run(as_tried(words, {"path/to/Llama-3.1-8B": tmp_path}))
     shown = re.search(r"^\$ hf-fpdt plan .*?\n(hf_fpdt:.*?)^```", (ROOT / "README.md").read_text(), flags=re.S | re.M)[1]
-    assert done.stdout == shown
+    assert printed == shown
+
+
+def test_the_demo(reader):
+    """What `make demo` runs behind its set-up, on less text."""
+    words = commands()[
+        "examples/README.md: python examples/finetune_long_context.py --output_dir outputs/demo --compare_with sdpa"
+    ]
+    assert f"\t$(BIN)/{' '.join(words)}\n" in (ROOT / "Makefile").read_text()
+    reader.run([*words, *["--max_steps", "2", "--max_documents", "3", "--seq_len", "256", "--vocab_size", "400"]])
+    runs = json.loads((reader.folder / "outputs/demo/losses.json").read_text())["runs"]
+    assert runs["fpdt"]["losses"] == pytest.approx(runs["sdpa"]["losses"], abs=1e-5)
+    assert (reader.folder / "outputs/demo/loss.png").is_file()
+
+
+# Before the README's script: what it takes for granted, and what only CPUs need.
+GIVEN = """
+import functools, json, sys, transformers
+with open(sys.argv[1]) as file:
+    path, output_dir, dataset = json.load(file)
+less = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "per_device_train_batch_size": 1}
+transformers.TrainingArguments = functools.partial(transformers.TrainingArguments, use_cpu=True, ddp_backend="gloo", **less)
+"""
+
+
+def test_the_script_of_the_readme_as_it_is_launched(reader, tmp_path):
+    """On two processes that share every sequence."""
+    pytest.importorskip("deepspeed")
+    make_model(tiny_llama()).save_pretrained(tmp_path / "model")
+    rows = [{name: ids[0].tolist() for name, ids in make_batch(1, 40, seed=seed).items()} for seed in range(4)]
+    (tmp_path / "given.json").write_text(json.dumps([str(tmp_path / "model"), str(tmp_path / "out"), rows]))
+    diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.S | re.M)[1]
+    script = [line[1:] for line in diff.splitlines() if not line.startswith("-")]
+    (tmp_path / "train.py").write_text(GIVEN + "\n".join(script))
+    words = command("README.md", "accelerate launch --config_file accelerate_configs/fpdt_zero3_2gpu.yaml")
+    names = {"train.py": tmp_path / "train.py", "...": tmp_path / "given.json"}
+    printed = reader.run(as_tried(words, names), FPDT_CHUNK_SIZE="14")
+    assert printed.count("'loss'") == 2
+    assert "fpdt/tokens_per_s_per_gpu" in printed
 
 
 def test_this_machine_can_be_described():

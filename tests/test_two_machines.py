@@ -14,7 +14,7 @@ from reference import make_model, tiny_llama
 
 pytest.importorskip("deepspeed")
 sys.path.insert(0, str(ROOT / "tests" / "launched"))
-from test_launched import CLIP, ENVIRONMENT, PATH, RATE, SAMPLES, STEPS, check, reference
+from test_launched import CLIP, RATE, SAMPLES, STEPS, check, reference
 
 CONFIG = "accelerate_configs/fpdt_zero3_16gpu_2nodes.yaml"
 
@@ -28,27 +28,26 @@ def free_port() -> int:
 def on_cpus(folder) -> str:
     """The same configuration with a process on each machine, and no GPUs."""
     settings = yaml.safe_load((ROOT / CONFIG).read_text())
-    settings |= {"num_processes": 2, "mixed_precision": "no"}
+    settings |= {"num_processes": 2, "mixed_precision": "no", "main_process_port": free_port()}
     settings["parallelism_config"]["parallelism_config_sp_size"] = 2
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return str(folder / "config.yaml")
 
 
-def test_trains_as_one_process(tmp_path):
+def test_trains_as_one_process(reader, tmp_path):
     make_model(tiny_llama()).save_pretrained(tmp_path / "model")
     options = f"--model {tmp_path / 'model'} --output_dir {tmp_path / 'out'} --max_steps {STEPS} --num_samples {SAMPLES}"
     options += f" --per_device_train_batch_size 1 --optim sgd --learning_rate {RATE} --lr_scheduler_type constant"
     options += f" --max_grad_norm {CLIP} --logging_steps 1 --report_to none --save_strategy no --ddp_backend gloo"
-    names = {CONFIG: on_cpus(tmp_path), "ADDRESS": "127.0.0.1", "29500": free_port(), "train.py": "tests/launched/train.py"}
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": "14", "PYTHONPATH": PATH}
-    variables |= {"CUDA_VISIBLE_DEVICES": ""}
+    names = {"ADDRESS": "127.0.0.1", "train.py": ROOT / "tests" / "launched" / "train.py"}
+    variables = reader.environment(CONFIG=on_cpus(tmp_path), FPDT_CHUNK_SIZE="14")
     lines = []
     for rank in (0, 1):
-        words = command("docs/launching.md", f"accelerate launch --config_file {CONFIG} --machine_rank {rank}")
+        words = command("docs/launching.md", f"bash examples/two_machines.sh {rank}")
         assert words[-1] == "..."
         lines.append([*as_tried(words[:-1], names), *options.split()])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    machines = [subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT | variables, **pipes) for line in lines]
+    machines = [subprocess.Popen(line, cwd=reader.folder, env=variables, **pipes) for line in lines]
     try:
         said = [machine.communicate(timeout=200) for machine in machines]
     finally:

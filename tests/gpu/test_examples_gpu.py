@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("datasets")
 pytest.importorskip("trl")
@@ -49,22 +52,62 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def losses_of(*words, config: str = "") -> list[float]:
-    """The losses that a command prints, which have to fall."""
-    environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launcher = [sys.executable]
-    if not config:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    else:
-        path = str(ROOT / "accelerate_configs" / f"{config}.yaml")
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", path, "--main_process_port", "0"]
-    done = subprocess.run([*launcher, *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"(?:'loss': '?|step \d+: loss )([\d.]+)", done.stdout)]
+def environment(gpus: list[str], **variables: str) -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"NCCL_NVLS_ENABLE": "0", "CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONPATH": os.pathsep.join(paths)}
+    return os.environ | fixed | variables
+
+
+def all_gpus() -> list[str]:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+
+
+def falling(printed: str) -> list[float]:
+    losses = [float(loss) for loss in re.findall(r"(?:'loss': '?|step \d+: loss )([\d.]+)", printed)]
     assert len(losses) > 4
     assert losses[-1] < losses[0]
     return losses
+
+
+def losses_of(*words, config: str = "") -> list[float]:
+    """The losses that a command prints, which have to fall."""
+    launcher = [sys.executable]
+    if config:
+        path = str(ROOT / "accelerate_configs" / f"{config}.yaml")
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", path, "--main_process_port", "0"]
+    variables = environment(all_gpus() if config else all_gpus()[:1])
+    done = subprocess.run([*launcher, *map(str, words)], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return falling(done.stdout)
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Starts a file of the examples on these GPUs, with the `accelerate` of this interpreter; `config` is changed as told."""
+
+    def start(name: str, *words, gpus: list[str], config: str, **changes) -> subprocess.Popen:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        program = tmp_path / "bin" / "accelerate"
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"\n')
+        program.chmod(0o755)
+        settings = yaml.safe_load((ROOT / "accelerate_configs" / f"{config}.yaml").read_text()) | changes
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        paths = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "CONFIG": str(tmp_path / "config.yaml")}
+        line = ["bash", str(ROOT / "examples" / f"{name}.sh"), *map(str, words)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(line, env=environment(gpus, **paths), cwd=ROOT, **pipes))
+        return started[-1]
+
+    started: list[subprocess.Popen] = []
+    yield start
+    for process in started:
+        process.kill()
+
+
+def ended(process: subprocess.Popen) -> str:
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    return printed
 
 
 def on_gpus(count: int) -> str:
@@ -108,15 +151,62 @@ def test_a_loop_on_one_and_on_two(checkpoint, tmp_path):
     assert losses_of(*words, tmp_path / "two", config=on_gpus(2)) == pytest.approx(alone, abs=0.02)
 
 
-def test_continued_at_four_times_the_length(checkpoint, tmp_path):
+def test_continued_at_four_times_the_length(shell, checkpoint, tmp_path):
     """With YaRN, against PyTorch's attention."""
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    overrides = json.dumps({"max_position_embeddings": 131072, "rope_parameters": yarn})
-    words = ["--model_name_or_path", checkpoint, "--train_file", checkpoint / "book.txt", "--seq_len", "131072"]
-    words += ["--output_dir", tmp_path, "--config_overrides", overrides, "--learning_rate", "0.0003", *TRAINING]
-    losses_of(ROOT / "examples" / "finetune_long_context.py", *words, "--compare_with", "sdpa", "--eval_pieces", "1")
+    words = [
+        checkpoint,
+        checkpoint / "book.txt",
+        "4",
+        "32768",
+        "--output_dir",
+        tmp_path,
+        "--learning_rate",
+        "0.0003",
+        *TRAINING,
+    ]
+    words += ["--compare_with", "sdpa", "--eval_pieces", "1"]
+    falling(ended(shell("extend_context_yarn", *words, gpus=all_gpus()[:1], config="fpdt_single_gpu")))
     runs = json.loads((tmp_path / "losses.json").read_text())["runs"]
     assert runs["fpdt"]["losses"] == pytest.approx(runs["sdpa"]["losses"], abs=0.02)
+
+
+def test_a_gpt_neox_continued_on_two(shell, checkpoint, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = on_gpus(2)
+    start, shape = tmp_path / "start", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    shutil.copytree(checkpoint, start, ignore=shutil.ignore_patterns("*.safetensors", "data", "book.txt"))
+    settings = GPTNeoXConfig(**shape, num_attention_heads=8, vocab_size=4096, max_position_embeddings=65536)
+    GPTNeoXForCausalLM(settings).to(torch.bfloat16).save_pretrained(start)
+    words = [start, checkpoint / "book.txt", "--seq_len", "65536", "--output_dir", tmp_path / "out", "--learning_rate", "0.001"]
+    falling(ended(shell("continue_gpt_neox", *words, *TRAINING, gpus=all_gpus()[:2], config=config, main_process_port=0)))
+
+
+def test_two_machines(shell, checkpoint, tmp_path):
+    """Two GPUs of this one, each as if it were alone in its machine."""
+    on_gpus(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    parallelism = {"parallelism_config_sp_size": 2, "parallelism_config_sp_backend": "deepspeed"}
+    parallelism["parallelism_config_sp_attn_implementation"] = "sdpa"
+    changes = {"num_processes": 2, "main_process_port": port, "parallelism_config": parallelism}
+    words = [
+        "examples/accelerate_loop.py",
+        "--model",
+        checkpoint,
+        "--train_file",
+        checkpoint / "book.txt",
+        "--seq_len",
+        "65536",
+    ]
+    words += ["--steps", "6", "--learning_rate", "0.001", "--output_dir", tmp_path / "out"]
+    machines = [
+        shell("two_machines", rank, "127.0.0.1", *words, gpus=[gpu], config="fpdt_zero3_16gpu_2nodes", **changes)
+        for rank, gpu in enumerate(all_gpus()[:2])
+    ]
+    falling(ended(machines[0]))
+    ended(machines[1])
 
 
 def test_a_new_gpt_neox(tmp_path):
