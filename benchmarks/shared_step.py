@@ -12,13 +12,11 @@ step: how much of the all-to-alls, of the engine's collectives and of the copies
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 
-from .ahead import Outcome
+from .launched import launched
 from .result_files import table, write_rows
 from .shared_point import WITHOUT_ENGINE, SharedSpec
 from .train_step import row_of
@@ -32,7 +30,7 @@ def main():
     rows: list[dict] = []
     for spec in specs_of(args):
         left = None if args.time_limit is None else args.time_limit - (time.monotonic() - started)
-        outcome = None if left is not None and left <= 0 else _launched(spec, left)
+        outcome = None if left is not None and left <= 0 else launched(command(spec), left)
         rows.append(row_of(spec, outcome, args.time_limit))
         print(table(rows[-1:])[0], flush=True)
         if args.out:
@@ -83,21 +81,6 @@ def command(spec: SharedSpec) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec.gpus}", *words]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", _CONFIG[spec.device]]
     return [*launch, f"--num_processes={spec.gpus}", f"--parallelism_config_sp_size={spec.gpus}", *words]
-
-
-def _launched(spec: SharedSpec, seconds: float | None) -> Outcome:
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command(spec), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=seconds)
-    except BaseException as error:
-        os.killpg(process.pid, 9)  # the ranks as well
-        stdout, stderr = process.communicate()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-    return Outcome(process.returncode, stdout, stderr, time.monotonic() - started)
 
 
 if __name__ == "__main__":
