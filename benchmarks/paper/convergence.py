@@ -56,10 +56,10 @@ def _arguments(words: list[str] | None = None):
     parser.add_argument("--read", nargs="+", metavar="FILE", help="draw these results, of one or more calls, again")
     parser.add_argument("--out", default="convergence", help="path of the results, without ending")
     args = parser.parse_args(words)
-    args.families = _names("--families", args.families, FAMILIES)
-    args.runs = _names("--runs", args.runs or ",".join(n for n, run in RUNS.items() if run.gpus <= args.gpus), RUNS)
     if args.gpus < 1 or args.steps < 1 or args.seq_len < 8:
         raise ValueError(f"--gpus {args.gpus}, --steps {args.steps}, --seq-len {args.seq_len}: 1, 1 and 8 are the least.")
+    args.families = _names("--families", args.families, FAMILIES)
+    args.runs = _names("--runs", args.runs or ",".join(n for n, run in RUNS.items() if run.gpus <= args.gpus), RUNS)
     if short := [name for name in args.runs if RUNS[name].gpus > args.gpus]:
         raise ValueError(f"--runs {','.join(short)} with --gpus {args.gpus}: {RUNS[short[0]].gpus} are needed; raise --gpus.")
     return args
