@@ -10,15 +10,13 @@ step: how much of the all-to-alls, of the engine's collectives and of the copies
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 
-from .ahead import Outcome
+from .launched import launched
 from .result_files import table, write_rows
 from .shared_point import WITHOUT_ENGINE, SharedSpec
 from .train_step import row_of
@@ -90,31 +88,6 @@ def accelerate_launch(device: str, gpus: int, sp_size: int) -> list[str]:
     launch += ["--main_process_port=0"]  # any that is free: another command may run on other GPUs
     groups = [] if gpus == sp_size else [f"--parallelism_config_dp_replicate_size={gpus // sp_size}"]
     return [*launch, f"--parallelism_config_sp_size={sp_size}", *groups]
-
-
-def launched(words: list[str], seconds: float | None) -> Outcome:
-    """How a command ended; after `seconds` it is ended, with its ranks."""
-    started = time.monotonic()
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=seconds)
-    except BaseException as error:
-        _end(process)
-        stdout, stderr = process.communicate()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-    return Outcome(process.returncode, stdout, stderr, time.monotonic() - started)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """At once, with all that it started: torch's launcher gives every rank a session of its own."""
-    import psutil
-
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
 
 
 if __name__ == "__main__":

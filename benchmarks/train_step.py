@@ -90,18 +90,22 @@ def specs_of(args) -> list[Spec]:
 
 def row_of(spec: Spec, outcome: Outcome | None, time_limit: float | None) -> dict:
     """What is written of a point, however it ended."""
-    row = spec.row()
+    return outcome_row(spec.row(), outcome, time_limit)
+
+
+def outcome_row(row: dict, outcome: Outcome | None, time_limit: float | None) -> dict:
+    """What was known before, with what the process said or how it ended."""
     if outcome is None:
         return row | {"not_run": f"not started within {time_limit:.0f} s"}
     found = [line for line in outcome.stdout.splitlines() if line.startswith('{"row": ')]
     if found:
-        row |= json.loads(found[-1])["row"]
+        row = row | json.loads(found[-1])["row"]
     else:
-        row["error"] = outcome.stderr.strip()[-800:]
+        row = row | {"error": outcome.stderr.strip()[-800:]}
         if outcome.returncode <= 0 or not row["error"]:  # no exception of Python's: killed, for example
             row["error"] += f"\nexit status {outcome.returncode}"
     if outcome.returncode:
-        row["exit_status"] = outcome.returncode
+        row = row | {"exit_status": outcome.returncode}
     return row | {"process_s": round(outcome.seconds, 1)}
 
 

@@ -19,12 +19,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.ahead import Outcome
+from benchmarks.launched import launched
 from benchmarks.result_files import read_calls, read_rows
 from benchmarks.scale import estimates, run
 from benchmarks.scale.points import SETS, ScaleSpec, points_of
 from benchmarks.scale.step import LEARNING_RATE, Rows, lock_ahead
 from benchmarks.shapes import llama_config
-from benchmarks.shared_step import launched
 from hf_fpdt.host_arena import HostArena
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,9 @@ import sys
 import time
 from dataclasses import asdict, replace
 
+from benchmarks.launched import launched
 from benchmarks.result_files import table, write_rows
-from benchmarks.shared_step import accelerate_launch, launched
+from benchmarks.shared_step import accelerate_launch
 from benchmarks.train_step import row_of
 
 from .estimates import Estimate, estimate, settled
