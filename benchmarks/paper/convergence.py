@@ -7,8 +7,9 @@ offloaded on two GPUs that share every sequence and all states (ZeRO-3).
 trains a Llama and a GPT-NeoX of some 55 million parameters from scratch on the files of Python's standard library, and writes
 `convergence.json` (the loss of every step, and of held-out text at the end) and `convergence.png` (the losses, and what each
 run differs from the first). Runs of one family see the same data in the same order. The first two differ in their seed only,
-that of the weights: what they differ by is noise. All others start from the weights of the first. The verdict compares, at the
-last step that all of them have: how far FPDT's runs are from the first, as means of 20 steps, and how far the other seed's is.
+that of the weights: what they differ by is noise. All others start from the weights of the first. A verdict compares how far FPDT's
+runs are from the first, as means of 20 steps, and how far the other seed's is: at the last step, and where a run had no time for all
+of them, at its own last.
 
 Weights in fp32, bf16 autocast on a GPU, AdamW, gradients clipped to 1, a warm-up of 20 steps and half a cosine down to a tenth.
 Every run is a process of its own, on a GPU of its own (`zero3` has two); with `--gpus N` as many run at once as there are GPUs
@@ -141,14 +142,19 @@ def verdicts(rows: list[dict]) -> list[dict]:
         ours = [row for row in own.values() if row["fpdt"] is not None]
         if not (first and seed and ours):
             continue
-        step = min(len(row["losses"]) for row in (first, seed, *ours))
-        base = mean_at(first["losses"], step)
-        apart = {row["run"]: mean_at(row["losses"], step) - base for row in ours}
-        farthest = max(apart.values(), key=abs)
-        noise = mean_at(seed["losses"], step) - base
-        one = {"family": family, "step": step, "sdpa": base, "another_seed": noise, "fpdt": apart, "largest": farthest}
-        found.append(one | {"within_noise": abs(farthest) <= abs(noise)})
+        most = min(len(first["losses"]), len(seed["losses"]))
+        for step in sorted({min(len(row["losses"]), most) for row in ours}):
+            found.append(_verdict(family, step, first, seed, [row for row in ours if len(row["losses"]) >= step]))
     return found
+
+
+def _verdict(family: str, step: int, first: dict, seed: dict, ours: list[dict]) -> dict:
+    base = mean_at(first["losses"], step)
+    apart = {row["run"]: mean_at(row["losses"], step) - base for row in ours}
+    farthest = max(apart.values(), key=abs)
+    noise = mean_at(seed["losses"], step) - base
+    one = {"family": family, "step": step, "sdpa": base, "another_seed": noise, "fpdt": apart, "largest": farthest}
+    return one | {"within_noise": abs(farthest) <= abs(noise)}
 
 
 def said(verdict: dict) -> str:
