@@ -1,7 +1,6 @@
 """The paper's figure 14: every run trains the same, in one process or in two, and the verdict is about the losses it says."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,14 +74,14 @@ def test_the_rate():
     assert rate(300, 300) == pytest.approx(0.1)
 
 
-def test_the_whole_command(tmp_path):
-    """Two at once, as their rows say in the order of the figure."""
+def test_the_whole_command(tmp_path, monkeypatch, capsys):
+    """Two at once, and their rows in the order of the figure."""
     out = tmp_path / "found"
-    words = "--families llama --runs sdpa,fpdt --gpus 2 --tiny --seq-len 64 --steps 12 --max-documents 2"
-    command = [sys.executable, "-m", "benchmarks.paper.convergence", *words.split(), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "no verdict" in done.stdout
+    words = "--families llama --runs fpdt,sdpa --gpus 2 --tiny --seq-len 64 --steps 12 --max-documents 2"
+    monkeypatch.setattr("sys.argv", ["convergence", *words.split(), "--out", str(out)])
+    monkeypatch.chdir(ROOT)
+    convergence.main()
+    assert "no verdict" in capsys.readouterr().out
     (call,) = read_calls(f"{out}.json")
     assert [row["run"] for row in call["rows"]] == ["sdpa", "fpdt, no offload"]
     assert call["rows"][1]["losses"] == pytest.approx(call["rows"][0]["losses"], abs=1e-4)

@@ -7,7 +7,7 @@ It is a small model (56M parameters, minutes of training on Python's standard li
 models of use can do. Stages, each a process of its own if wanted, with checkpoints between them in `--folder`:
 
     prepare                  text of the standard library, by its longest files, every eighth of them held out; its tokenizer
-    pretrain                 from scratch with PyTorch's attention, at 512, 2,048 and then 8,192 tokens. In the text are keys,
+    pretrain                 from scratch with PyTorch's attention, at 256, 1,024 and then 8,192 tokens. In the text are keys,
                              told once and asked for once further down (`passkeys.py`), and at first half of the rows are
                              spans told twice, which teaches copying; it is learnt sooner where there is less to look at
     extend --tokens 65536    YaRN by the factor of the lengths, all weights trained on such rows of this length by hf_fpdt;
@@ -45,8 +45,9 @@ from benchmarks.paper.quality_score import Clock, finds_key, half, key_counts, p
 from benchmarks.result_files import header
 
 BUCKETS, HELD_OUT_EVERY, DEPTHS = 16, 8, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-SHORTER = ((0.15, 16), (0.3, 4))  # until this part of pre-training rows are so many times shorter, and as many more
-TOKENS_A_KEY = 128  # at least, in training
+SHORTER = ((0.25, 32), (0.4, 8))  # until this part of pre-training rows are so many times shorter, and as many more
+LOOKED = 250  # steps after which pre-training looks for keys
+TOKENS_A_KEY = 64  # at least, in training
 _SHARES = {"pretrain": 0.46, "extend": 0.14, "evaluate": 0.09}  # of the time of `all`
 
 
@@ -219,7 +220,7 @@ def lengthened(config, tokens: int, short: int):
 
 
 def _row(text, words: Wording, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    most = max(tokens // TOKENS_A_KEY, 1)
+    most = min(max(tokens // TOKENS_A_KEY, 1), len(words.names))
     keys = int(torch.randint(1, most + 1, (1,), generator=generator))
     return keyed_row(text, words, tokens, keys, generator)
 
@@ -247,7 +248,7 @@ def train(model, batch: Callable, peak: float, steps: int, clock: Clock, look: C
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        if look is not None and (step % 100 == 99 or step == 0):
+        if look is not None and (step % LOOKED == LOOKED - 1 or step == 0):
             looks.append([step + 1, look(model)])
             print(f"step {step + 1}: loss {losses[-1].item():.3f}, keys found {looks[-1][1]:.2f}", flush=True)
     losses = torch.stack(losses).tolist() if losses else []
