@@ -96,19 +96,22 @@ def row(family: str, run: str, losses: list[float]) -> dict:
     return {"family": family, "run": RUNS[run].name, "fpdt": RUNS[run].fpdt, "losses": losses}
 
 
-def test_the_verdict_is_about_the_last_step_that_all_have():
+def test_verdicts_are_about_the_end_and_about_the_last_step_of_what_ended_early():
     base = [9.0] * 10 + [5.0] * 30
     rows = [row("llama", "sdpa", base), row("llama", "seed", [loss + 0.1 for loss in base])]
     rows += [row("llama", "fpdt", [loss - 0.05 for loss in base]), row("llama", "offload", [loss + 0.02 for loss in base[:30]])]
-    (found,) = convergence.verdicts(rows)
+    found, at_the_end = convergence.verdicts(rows)
+    assert at_the_end["step"] == 40
+    assert list(at_the_end["fpdt"]) == [RUNS["fpdt"].name]
     assert found["step"] == 30
+    assert len(found["fpdt"]) == 2
     assert found["sdpa"] == mean_at(base, 30) == 5.0
     assert found["another_seed"] == pytest.approx(0.1)
     assert found["largest"] == pytest.approx(-0.05)
     assert found["within_noise"]
     assert "0.0500 from sdpa (5.0000) at most, no more than another seed (0.1000)" in convergence.said(found)
     rows.append(row("llama", "zero3", [loss - 0.2 for loss in base]))
-    (found,) = convergence.verdicts(rows)
+    found, _ = convergence.verdicts(rows)
     assert found["largest"] == pytest.approx(-0.2)
     assert "MORE than another seed" in convergence.said(found)
 

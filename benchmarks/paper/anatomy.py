@@ -100,7 +100,8 @@ def draw(rows: list[dict], path: str):
         axis.stackplot(line["seconds"], *values, labels=names, colors=[_COLORS[name] for name in names], step="post")
         if line["backward_from"] < len(line["seconds"]):
             axis.axvline(line["seconds"][line["backward_from"]], color="black", linewidth=0.8, linestyle="--")
-        axis.set(title=_title(row), xlabel="seconds (recorded; backward from the line on)")
+        axis.set_title(_title(row, "\n"), fontsize="medium")
+        axis.set(xlabel="seconds (recorded; backward from the line on)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("GPU memory (GiB)")
     handles, labels = axes[0][-1].get_legend_handles_labels()
@@ -110,8 +111,8 @@ def draw(rows: list[dict], path: str):
     return figure
 
 
-def _title(row: dict) -> str:
-    settings = f" {json.dumps(row['fpdt'])}" if row.get("fpdt") else ""
+def _title(row: dict, between: str = " ") -> str:
+    settings = f"{between}{json.dumps(row['fpdt'])}" if row.get("fpdt") else ""
     return f"{row['contender']}, {row['seq_len']:,} tokens, {row['layers']} layers{settings}"
 
 

@@ -7,9 +7,9 @@ offloaded on two GPUs that share every sequence and all states (ZeRO-3).
 trains a Llama and a GPT-NeoX of some 55 million parameters from scratch on the files of Python's standard library, and writes
 `convergence.json` (the loss of every step, and of held-out text at the end) and `convergence.png` (the losses, and what each
 run differs from the first). Runs of one family see the same data in the same order. The first two differ in their seed only,
-that of the weights: what they differ by is noise. All others start from the weights of the first. A verdict compares how far FPDT's
-runs are from the first, as means of 20 steps, and how far the other seed's is: at the last step, and where a run had no time for all
-of them, at its own last.
+that of the weights: what they differ by is noise. All others start from the weights of the first. A verdict compares how far
+FPDT's runs are from the first, as means of 20 steps, and how far the other seed's is: at the last step, and where a run had no
+time for all of them, at its own last.
 
 Weights in fp32, bf16 autocast on a GPU, AdamW, gradients clipped to 1, a warm-up of 20 steps and half a cosine down to a tenth.
 Every run is a process of its own, on a GPU of its own (`zero3` has two); with `--gpus N` as many run at once as there are GPUs
@@ -134,7 +134,7 @@ def in_order(rows: list[dict]) -> list[dict]:
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """For each family with a first run, another seed and a run of fpdt: the means at the last step that all of these have."""
+    """For each family with a first run, another seed and runs of fpdt: the means at the last step of each of these."""
     found = []
     for family in dict.fromkeys(row["family"] for row in rows):
         own = {row["run"]: row for row in rows if row["family"] == family and row.get("losses")}
