@@ -24,10 +24,10 @@ from .config import FPDTConfig
 from .engine_memory import GPUS_A_HOST, STAGES
 from .environment import report
 from .host_arena import HostMemoryError
-from .model_plan import device_limit
+from .model_plan import device_limit, usable_bytes
 from .plan_report import GIB, as_json, by_length, draw, fitting, launch_line, longest
 from .planning import engine_of, plan
-from .rates import as_lines, cached_path, of_this_machine
+from .rates import as_lines, cached_path, load, of_this_machine
 from .step_plan import DeviceMemoryError
 
 _UNITS = {"": GIB, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": GIB, "tb": 10**12, "tib": 2**40}
@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--gpus", type=int, default=1, help="that train together under DeepSpeed, over all machines (default: 1)")
     one.add_argument("--sp-size", type=int, metavar="N", help="GPUs that share every sequence (default: all)")
     one.add_argument("--zero", type=int, choices=STAGES, help="ZeRO stage (default: 3 with several GPUs)")
-    one.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="80GiB, 141GB, ... (default: this machine's GPU)")
+    one.add_argument(
+        "--gpu-memory", type=_size, metavar="SIZE", help="80GiB, 141GB, ... (default: of --rates, or of this machine)"
+    )
     one.add_argument("--host-memory", type=_size, metavar="SIZE", help="of a machine (default: what this one can give)")
     one.add_argument("--gpus-per-host", type=int, metavar="N", help=f"(default: all, up to {GPUS_A_HOST})")
     one.add_argument("--chunk-size", type=int, help="tokens of a chunk (default: chosen)")
@@ -138,13 +140,12 @@ def _plan(args: argparse.Namespace) -> int:
             f"--rates {args.rates} --dtype {args.dtype}: there are rates of 16-bit weights, none of disks, and between GPUs "
             "only where `hf-fpdt bench` had several."
         )
-    engine = engine_of(model, args.gpus, args.sp_size, args.zero)
-    launch = None if engine is None else launch_line(engine, config)
+    launch = launch_line(engine_of(model, args.gpus, args.sp_size, args.zero), config)
     if args.json:
         print(json.dumps(as_json(found) | {"launch": launch}, indent=2))
     else:
         print(found)
-        print("" if launch is None else f"  start it with  {launch}\n", end="")
+        print(f"  start it with  {launch}")
         print(_about_positions(model, found.seq_len), end="")
     if args.plot is not None:
         title = f"{Path(args.model).name}{f', LoRA {args.lora}' if args.lora else ''}: one training step"
@@ -153,11 +154,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> FPDTConfig:
-    if args.gpu_memory is None and not torch.cuda.is_available():
-        raise ValueError("plan on a machine without a GPU: pass --gpu-memory, for example --gpu-memory 80GiB.")
-    given = {"gpu_memory": args.gpu_memory, "host_memory": _share(args), "chunk_size": args.chunk_size}
-    if args.gpu_memory is None:  # what a process that starts now could take
-        given["gpu_memory"] = device_limit(FPDTConfig(), torch.device("cuda", torch.cuda.current_device()))
+    given = {"gpu_memory": _gpu_memory(args), "host_memory": _share(args), "chunk_size": args.chunk_size}
     return FPDTConfig(
         **{name: value for name, value in given.items() if value is not None},
         kv=args.kv,
@@ -167,6 +164,19 @@ def _settings(args: argparse.Namespace) -> FPDTConfig:
         save_attention=_YES_NO[args.save_attention],
         kernel=args.kernel,
     )
+
+
+def _gpu_memory(args: argparse.Namespace) -> int:
+    if args.gpu_memory is not None:
+        return args.gpu_memory
+    if args.rates is not None and (size := load(args.rates).gpu_bytes):  # of another machine's GPU, if it has one
+        return usable_bytes(size)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "plan on a machine without a GPU: pass --gpu-memory, for example --gpu-memory 80GiB, or name a GPU with --rates."
+        )
+    # What a process that starts now could take.
+    return device_limit(FPDTConfig(), torch.device("cuda", torch.cuda.current_device()))
 
 
 def _share(args: argparse.Namespace) -> int | None:

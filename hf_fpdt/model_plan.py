@@ -226,8 +226,13 @@ def device_limit(config: FPDTConfig, device: torch.device) -> int | None:
     limits = [] if config.gpu_memory == "auto" else [config.gpu_memory]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        limits.append(int(free + torch.cuda.memory_reserved(device) - _RESERVED_SHARE * total))
+        limits.append(free + torch.cuda.memory_reserved(device) + usable_bytes(total) - total)
     return min(limits, default=None)
+
+
+def usable_bytes(total: int) -> int:
+    """Of the memory of a GPU that nobody else uses."""
+    return int((1 - _RESERVED_SHARE) * total)
 
 
 def _host_limit(config: FPDTConfig, device: torch.device) -> int | None:

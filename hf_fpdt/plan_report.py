@@ -16,7 +16,8 @@ from .step_plan import DeviceMemoryError, Plan
 GIB = 2**30
 _STEP = 1024  # tokens; how exactly the longest sequence is told
 _SHORTEST, _LONGEST = 2048, 1 << 26
-_CONFIGS = {  # of accelerate_configs/
+_CONFIGS: dict[Engine | None, str] = {  # of accelerate_configs/
+    None: "fpdt_single_gpu",
     Engine(2, 2, 3): "fpdt_zero3_2gpu", Engine(4, 4, 3): "fpdt_zero3_4gpu", Engine(8, 8, 3): "fpdt_zero3_8gpu",
     Engine(16, 16, 3): "fpdt_zero3_16gpu_2nodes", Engine(8, 4, 3): "fpdt_zero3_sp4_dp2_8gpu",
     Engine(8, 8, 2): "fpdt_zero2_8gpu",
@@ -113,7 +114,7 @@ def by_length(model: nn.Module, most: int, config: FPDTConfig, **asked: Any) -> 
         length *= 2
 
 
-def launch_line(engine: Engine, config: FPDTConfig) -> str:
+def launch_line(engine: Engine | None, config: FPDTConfig) -> str:
     """The command that trains by the plan; `train.py` stands for a script. What differs from the defaults is in variables."""
     plain = FPDTConfig()
     chosen = {one.name: getattr(config, one.name) for one in fields(config) if one.name not in ("gpu_memory", "host_memory")}

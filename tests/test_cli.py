@@ -42,6 +42,15 @@ def meta_model(folder):
         ).train()
 
 
+def test_a_gpu_is_known_by_its_rates(folder, capsys):
+    words = ["plan", folder, "--seq-len", 8192, "--host-memory", "2GiB", "--rates", "h200"]
+    status, text, _ = run(capsys, *words)
+    assert status == 0
+    assert f"GiB of {0.94 * 150109880320 / GIB:.2f}" in text
+    assert "accelerate_configs/fpdt_single_gpu.yaml -m hf_fpdt.run train.py" in text
+    assert "of 1.00" in run(capsys, *words, "--gpu-memory", "1GiB")[1]
+
+
 def test_plan_is_that_of_the_library(folder, capsys):
     words = ["plan", folder, "--seq-len", 65536, "--gpu-memory", "1GiB", "--host-memory", "2GiB", "--chunk-size", 4096]
     config = hf_fpdt.FPDTConfig(gpu_memory=GIB, host_memory=2 * GIB, chunk_size=4096)

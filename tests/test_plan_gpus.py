@@ -218,6 +218,9 @@ def test_the_launch_line_is_one_of_accelerate(engine, config):
     assert words[start : start + 2] == ["accelerate", "launch"]
     arguments = launch_command_parser().parse_args(words[start + 2 :])
     arguments, *_ = _validate_launch_command(arguments)
+    if engine is None:
+        assert arguments.num_processes == 1
+        return
     groups = engine.gpus // engine.sp_size
     assert (arguments.num_processes, arguments.parallelism_config_sp_size) == (engine.gpus, engine.sp_size)
     assert int(arguments.parallelism_config_dp_replicate_size or 1) == groups
