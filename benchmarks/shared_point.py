@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 from .point import PEAK_BF16, _predicted, is_memory_shortage
 from .shapes import GPT_SHAPES, LLAMA_SHAPES, SHAPES
@@ -84,7 +85,8 @@ class SharedSpec:
         return row | ({"zero": self.zero} if self.zero else {})
 
 
-def main():
+def main(how: Callable[["SharedSpec"], dict] | None = None):
+    """Runs the point that the command line names, with `how` instead of `measure` if given."""
     spec = SharedSpec(**json.loads(sys.argv[1]))
     import torch
 
@@ -94,14 +96,16 @@ def main():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         prepare(_CLASSES[spec.contender])  # Liger and what ALST changes run on GPUs only
     try:
-        row = measure(spec)
+        row = (how or measure)(spec)
     except Exception as error:
         row = {"error": "".join(traceback.format_exception(error))[-1500:]}
         if is_memory_shortage(error):
             row = {"out_of_memory": True, "why": str(error)[:800]}
-    if int(os.environ["RANK"]) == 0 or "step_s" not in row:
+    failed = "error" in row or "out_of_memory" in row
+    if int(os.environ["RANK"]) == 0 or failed:
         print(json.dumps({"row": row}), flush=True)
-    os._exit(0 if "step_s" in row else 1)  # at once: the other ranks may wait for this one, and then for their launcher
+    # At once: the other ranks may wait for this one, and then for their launcher.
+    os._exit(1 if failed and "step_s" not in row else 0)
 
 
 def measure(spec: SharedSpec) -> dict:
@@ -112,7 +116,7 @@ def measure(spec: SharedSpec) -> dict:
     from .shapes import model_config, step_flops
 
     config = model_config(spec.shape, spec.layers)
-    step = {"ring": _ring, "tensor": _tensor}.get(spec.contender, _accelerated)(spec, config)
+    step = build(spec, config)
     timed = partial(_timed, step, spec.device)
     first_step_s, first_loss = timed()
     if spec.device == "cuda" and spec.repeats:
@@ -142,10 +146,16 @@ class _Step:
 
     run: Callable
     engine: Callable[[], dict]
+    model: Any
     predicted: Callable[[], dict] = dict
 
     def __call__(self):
         return self.run()
+
+
+def build(spec: SharedSpec, config) -> _Step:
+    """The step of a contender, after `prepare`."""
+    return {"ring": _ring, "tensor": _tensor}.get(spec.contender, _accelerated)(spec, config)
 
 
 def _accelerated(spec: SharedSpec, config) -> _Step:
@@ -188,7 +198,7 @@ def _accelerated(spec: SharedSpec, config) -> _Step:
         norm = model.get_global_grad_norm()
         return {"zero_stage": model.zero_optimization_stage(), "grad_norm": None if norm is None else float(norm)}
 
-    return _Step(run, engine, lambda: _predicted(model))
+    return _Step(run, engine, model, lambda: _predicted(model))
 
 
 def _loss(spec: SharedSpec, accelerator, model, batch):
@@ -250,7 +260,7 @@ def _ring(spec: SharedSpec, config) -> _Step:
         optimizer.step()
         return _whole(loss.detach()) / spec.gpus
 
-    return _Step(run, dict)
+    return _Step(run, dict, model)
 
 
 def _tensor(spec: SharedSpec, config) -> _Step:
@@ -258,13 +268,14 @@ def _tensor(spec: SharedSpec, config) -> _Step:
     from .contenders import _model
     from .tensor_parallel import start
 
-    run, engine = start(_model(config, "sdpa", spec.device), spec.gpus, spec.seq_len, spec.device)
+    model = _model(config, "sdpa", spec.device)
+    run, engine = start(model, spec.gpus, spec.seq_len, spec.device)
 
     def run_with_kernel():
         with _kernel(spec):
             return run()
 
-    return _Step(run_with_kernel, engine)
+    return _Step(run_with_kernel, engine, model)
 
 
 def _kernel(spec: SharedSpec):

@@ -74,9 +74,9 @@ def specs_of(args) -> list[SharedSpec]:
     ]
 
 
-def command(spec: SharedSpec) -> list[str]:
+def command(spec: SharedSpec, module: str = "benchmarks.shared_point") -> list[str]:
     """The command line of a point."""
-    words = ["-m", "benchmarks.shared_point", json.dumps(asdict(spec))]
+    words = ["-m", module, json.dumps(asdict(spec))]
     if spec.contender in WITHOUT_ENGINE:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec.gpus}", *words]
     return [*accelerate_launch(spec.device, spec.gpus, spec.gpus), *words]

@@ -34,7 +34,7 @@ def alloc(addr, size, *frames):
 
 
 def freed(addr, size):
-    return {"action": "free_completed", "addr": addr, "size": size, "frames": [], "time_us": addr}
+    return {"action": "free_requested", "addr": addr, "size": size, "frames": [], "time_us": addr}
 
 
 def mark(name):
@@ -52,8 +52,8 @@ TRACE = [
     *mark("QKV"),
     alloc(11, 2 * GIB, frame("modeling_llama.py")),
     alloc(12, GIB, frame("torch/nn/functional.py", "sdpa"), ATTENTION, frame("modeling_llama.py")),
-    {"action": "free_requested", "addr": 11, "size": 2 * GIB, "frames": []},
     freed(11, 2 * GIB),
+    {"action": "free_completed", "addr": 11, "size": 2 * GIB, "frames": []},
     freed(12, GIB),
     *mark("loss"),
     alloc(11, 3 * GIB),
@@ -186,3 +186,18 @@ def test_the_marks_of_a_step(name, shape, default_dtype, monkeypatch):
     assert backward[-5:] == ["MLP", "residual and norms", "attention", "QKV", "residual and norms"]
     step(ids)
     assert marks.count("backward") == 1, "the mark ends with its block"
+
+
+def test_points_of_several_gpus():
+    words = ["--gpus", "2", "--contenders", "ulysses+liger,fpdt+liger", "--seq-lens", "4096,8192"]
+    specs = anatomy.specs_of(anatomy._arguments(words))
+    assert [(spec.contender, spec.gpus, spec.seq_len, spec.fpdt) for spec in specs] == [
+        (name, 2, length, fpdt)
+        for length in (4096, 8192)
+        for name, fpdt in (("ulysses+liger", {}), ("fpdt+liger", json.loads(anatomy.OFFLOADED)))
+    ]
+    with pytest.raises(ValueError, match="got 'sdpa'"):
+        anatomy.specs_of(anatomy._arguments(["--gpus", "2", "--contenders", "sdpa"]))
+    frames = [frame("/z/deepspeed/runtime/zero/partition_parameters.py", "_all_gather_sequential")]
+    assert source_of_frames(frames) == "engine"
+    assert source_of_frames([frame("/z/deepspeed/sequence/layer.py"), *frames]) == "exchange"

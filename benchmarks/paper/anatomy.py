@@ -2,24 +2,32 @@
 GPU memory of one step by source: table 2 and figure 13 of the FPDT paper (arXiv 2408.16978).
 
     python -m benchmarks.paper.anatomy --contenders sdpa,liger,fpdt --seq-lens 65536 --layers 2 --out anatomy
+    python -m benchmarks.paper.anatomy --gpus 2 --contenders ulysses+liger,fpdt+liger --seq-lens 65536 --layers 2 --out shared
 
 writes `anatomy.json` and `anatomy.png`, a stacked timeline for each point, and prints who held how much at the peak of the
 forward and of the backward. Method: the second step of a fresh process, with every allocation and release recorded by torch's
 allocator and told apart by its stack and by marks (`memory_trace.py`). Recording takes time, and nothing waits for the GPU: the
 seconds are the host's and no measurement of speed. The row has the allocator's own peak beside the replayed one; they agree
-where the trace is whole. What a checkpointed layer keeps counts as residual and norms.
+where the trace is whole. What a checkpointed layer keeps counts as residual and norms. With `--gpus` a sequence is shared by so
+many (contenders of `shared_step.py`), and the memory is that of the first; what DeepSpeed gathers and reduces counts as engine.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from benchmarks.ahead import run_ahead
+from benchmarks.ahead import Outcome, run_ahead
+from benchmarks.launched import launched
 from benchmarks.paper.memory_trace import BEFORE, SOURCES
 from benchmarks.point import Spec, command
 from benchmarks.result_files import write_rows
+from benchmarks.shared_point import SharedSpec
+from benchmarks.shared_step import command as shared_command
 from benchmarks.train_step import row_of
 
+_POINT = "benchmarks.paper.anatomy_point"
 OFFLOADED = '{"offload": "host", "recompute": true}'
 _COLORS = {BEFORE: "0.8", **{name: f"C{index}" for index, name in enumerate(SOURCES)}}
 
@@ -27,18 +35,26 @@ _COLORS = {BEFORE: "0.8", **{name: f"C{index}" for index, name in enumerate(SOUR
 def main():
     args = _arguments()
     specs = specs_of(args)
-    commands = [command(spec, "benchmarks.paper.anatomy_point") for spec in specs]
     rows: list[dict] = []
-    for spec, outcome in zip(specs, run_ahead(commands, lambda: True), strict=True):
+    for spec, outcome in zip(specs, _outcomes(specs), strict=True):
         rows.append(row_of(spec, outcome, None))
         print("\n".join([*table(rows[-1]), ""]), flush=True)
         write_rows("paper.anatomy", f"{args.out}.json", rows)
     draw(rows, f"{args.out}.png")
 
 
+def _outcomes(specs: list[Spec | SharedSpec]) -> Iterator[Outcome]:
+    if isinstance(specs[0], SharedSpec):
+        return (launched(shared_command(spec, _POINT), None) for spec in specs)
+    return run_ahead([command(spec, _POINT) for spec in specs], lambda: True)
+
+
 def _arguments(words: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contenders", default="sdpa,liger,fpdt", help="names in benchmarks/contenders.py")
+    parser.add_argument(
+        "--contenders", default="sdpa,liger,fpdt", help="names in contenders.py, or with --gpus in shared_point.py"
+    )
+    parser.add_argument("--gpus", type=int, default=0, help="that share every sequence; 0: one GPU, without DeepSpeed")
     parser.add_argument("--seq-lens", default="65536", help="tokens, separated by commas")
     parser.add_argument("--shape", default="llama-3.1-8b", help="a name in benchmarks/shapes.py")
     parser.add_argument("--layers", type=int, default=2)
@@ -53,12 +69,13 @@ def _arguments(words: list[str] | None = None):
     return args
 
 
-def specs_of(args) -> list[Spec]:
+def specs_of(args) -> list[Spec] | list[SharedSpec]:
     """The points of a command, in order."""
     settings = json.loads(args.fpdt)
     several = settings if isinstance(settings, list) else [settings]
+    kind = partial(SharedSpec, gpus=args.gpus) if args.gpus else Spec
     return [
-        Spec(contender=contender, seq_len=int(seq_len), shape=args.shape, layers=args.layers, fpdt=fpdt)
+        kind(contender=contender, seq_len=int(seq_len), shape=args.shape, layers=args.layers, fpdt=fpdt)
         for seq_len in args.seq_lens.split(",")
         for contender in args.contenders.split(",")
         for fpdt in (several if contender.startswith("fpdt") else [{}])

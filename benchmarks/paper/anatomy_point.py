@@ -1,13 +1,15 @@
 """
 One point of `anatomy.py`, in a process of its own: the second step of a contender with the allocator's history recorded, and
-marks (`memory_trace.py`) wherever a module begins. Needs a GPU; `mark_modules` does not.
+marks (`memory_trace.py`) wherever a module begins. Started on every GPU by a launcher it is a point of a sequence that they
+share. Needs a GPU; `mark_modules` does not.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable
 
-from benchmarks import point
+from benchmarks import point, shared_point
 from benchmarks.paper.memory_trace import BEFORE, MARK_BYTES, MARKS, Moment, replay, thinned
 
 _MOMENTS = 1500  # in a result, of each point
@@ -71,15 +73,22 @@ def anatomy(spec: point.Spec) -> dict:
     forward_backward(ids)  # plans, compiles, locks host memory
     for parameter in model.parameters():
         parameter.grad = None
-    mark_modules(model, lambda source: mark_source(source, spec.device))
+    return recorded(model, lambda: forward_backward(ids), spec.device)
+
+
+def recorded(model, step: Callable, device: str) -> dict:
+    """The row of a step that ran before, see `row_of`; `step` returns its loss."""
+    import torch
+
+    mark_modules(model, lambda source: mark_source(source, device))
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.cuda.memory._record_memory_history(enabled="all", context="alloc", stacks="python", max_entries=4_000_000)
     started = time.perf_counter()
-    with _backward_marked(spec.device):
-        loss = forward_backward(ids)
+    with _backward_marked(device):
+        loss = step()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
@@ -87,6 +96,15 @@ def anatomy(spec: point.Spec) -> dict:
     gradients = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     row = row_of(trace, before, gradients) | {"gpu": torch.cuda.get_device_name(), "loss": loss.item()}
     return row | {"recorded_step_s": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def shared_anatomy(spec: shared_point.SharedSpec) -> dict:
+    """The same of the second step of a sequence that several GPUs share, of this rank."""
+    from benchmarks.shapes import model_config
+
+    step = shared_point.build(spec, model_config(spec.shape, spec.layers))
+    step()
+    return recorded(step.model, step, spec.device)
 
 
 def row_of(trace: list[dict], before: int, gradients: set[int]) -> dict:
@@ -139,4 +157,7 @@ class _backward_marked:
 
 
 if __name__ == "__main__":
-    point.main(anatomy)
+    if "RANK" in os.environ:  # a launcher's
+        shared_point.main(shared_anatomy)
+    else:
+        point.main(anatomy)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 BEFORE = "there before"
-SOURCES = ("gradients", "residual and norms", "QKV", "exchange", "attention", "MLP", "loss", "fetched", "rest")
+SOURCES = ("gradients", "residual and norms", "QKV", "exchange", "attention", "MLP", "loss", "fetched", "engine", "rest")
 PHASES = ("forward", "backward")
 MARKS = (*SOURCES, *PHASES)  # what a mark can say
 MARK_BYTES = 512  # the allocator's unit: rounding leaves multiples as they are
@@ -35,6 +35,9 @@ FRAMES = (
     ("loss/loss_utils", None, "loss"),
     ("torch/nn/functional", "cross_entropy", "loss"),
     ("ulysses_sp", "TiledFusedLogitsLoss", "loss"),
+    ("deepspeed/sequence/layer", None, "exchange"),
+    ("deepspeed/runtime/zero/", None, "engine"),
+    ("deepspeed/runtime/comm/", None, "engine"),
 )
 
 
@@ -92,7 +95,8 @@ def replay(trace: Iterable[dict], before: int, gradients: Collection[int] = ()) 
         before: bytes that were allocated when the recording began.
         gradients: addresses of the weights' gradients at the end.
     """
-    trace = [entry for entry in trace if entry["action"] in ("alloc", "free_completed")]
+    # A tensor that another stream used is free when that stream is done; the allocator counts it until it is released.
+    trace = [entry for entry in trace if entry["action"] in ("alloc", "free_requested")]
     last = {entry["addr"]: index for index, entry in enumerate(trace) if entry["action"] == "alloc"}
     kept = {last[address] for address in gradients if address in last}
     held = {BEFORE: before} | dict.fromkeys(SOURCES, 0)

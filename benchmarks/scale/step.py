@@ -169,7 +169,11 @@ def start(spec: ScaleSpec, config) -> _Step:
         optimizer.step()
         return _whole(loss.detach().float() / spec.gpus)
 
-    return _Step(run, lambda: {"zero_stage": model.zero_optimization_stage(), "grad_norm": float(model.get_global_grad_norm())})
+    return _Step(
+        run,
+        model=model,
+        engine=lambda: {"zero_stage": model.zero_optimization_stage(), "grad_norm": float(model.get_global_grad_norm())},
+    )
 
 
 class Rows:
