@@ -79,7 +79,7 @@ def train(spec: Spec) -> dict:
     """The row of one run. Reading losses waits for the GPU, so they are read at the end."""
     import torch
 
-    run, data = RUNS[spec.run], torch.load(spec.pieces)
+    run, data = RUNS[spec.run], torch.load(spec.pieces, weights_only=True)
     training, held_out = data[:-HELD_OUT], data[-HELD_OUT:]
     model = build(run, spec.family, data.shape[1], spec.tiny)
     parameters = sum(weight.numel() for weight in model.parameters())

@@ -167,7 +167,7 @@ def prepared(sizes: Sizes) -> dict:
 
 
 def _loaded(folder: Path) -> tuple[torch.Tensor, torch.Tensor, Wording]:
-    data = torch.load(folder / "data.pt")
+    data = torch.load(folder / "data.pt", weights_only=True)
     return data["text"], data["held_out"], Wording(**data["wording"])
 
 
