@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,8 +23,9 @@ from benchmarks.ahead import Outcome
 from benchmarks.launched import launched
 from benchmarks.result_files import read_calls, read_rows
 from benchmarks.scale import estimates, run
-from benchmarks.scale.points import SETS, ScaleSpec, points_of
-from benchmarks.scale.step import LEARNING_RATE, Rows, lock_ahead
+from benchmarks.scale import step as scale_step
+from benchmarks.scale.points import SETS, ScaleSpec, launches_of, points_of
+from benchmarks.scale.step import LEARNING_RATE, HostAhead, Rows
 from benchmarks.shapes import llama_config
 from hf_fpdt.host_arena import HostArena
 
@@ -122,10 +124,11 @@ def test_points_that_do_not_fit(spec, host_gib, message):
     ("words", "message"),
     [
         (["--seq-len", "64"], "--layers None"),
-        (["--seq-len", "64,128,256", "--layers", "1,2"], "one number of layers, or as many as lengths"),
+        (["--seq-len", "64,128,256", "--layers", "1,2"], "--layers 1,2 with 3 points: one number, or as many as points"),
+        (["--seq-len", "64,128", "--layers", "1", "--steps", "1,2,3"], "--steps 1,2,3 with 2 points"),
         (["--set", "main", "--layers", "2"], "--layers 2, .* a set has its own"),
         (["--set", "main", "--shape", "tiny"], "--shape tiny, .* a set has its own"),
-        (["--set", "main", "--only", "5"], "--only 5: --set main has points 1 to 4"),
+        (["--set", "main", "--only", "8"], "--only 8: --set main has points 1 to 7"),
         (["--set", "main", "--gpus", "2"], "--set main --gpus 2: there are trial on 2, "),
         (["--seq-len", "64", "--layers", "2", "--sp", "3"], "--sp 3 with --gpus 4 and 32 heads"),
         (["--seq-len", "64", "--layers", "2", "--sp", "1"], "on several GPUs at least 2"),
@@ -148,7 +151,8 @@ def test_bad_options_end_the_command_before_it_starts(words, message):
 def test_every_set_fits_a_call(name, gpus):
     """Nine minutes by estimate, of 512 and 560 GiB what is left beside the system, and an H100 of 80 GB."""
     specs = [estimates.settled(spec, {4: 490, 8: 540}[gpus], 74) for spec in points_of(name, gpus)]
-    assert sum(estimates.estimate(spec).seconds for spec in specs) <= (120 if name == "trial" else 540)
+    seconds = [estimates.estimate(spec).seconds for launch in launches_of(specs) for spec in launch]
+    assert sum(seconds) <= (120 if name == "trial" else 540)
     assert max(spec.gpus for spec in specs) == gpus
 
 
@@ -156,15 +160,15 @@ def test_points_of_lengths_and_of_a_set():
     def specs_of(words: str) -> list[ScaleSpec]:
         return run.specs_of(run._arguments(["--gpus", "4", "--host-gib", "500", *words.split()]))
 
-    specs = specs_of("--seq-len 262144,524288 --layers 32,16 --steps 2 --trace 65536 --shape qwen3-8b")
+    specs = specs_of("--seq-len 262144,524288 --layers 32,16 --steps 2,1 --trace 65536 --shape qwen3-8b")
     assert [(spec.seq_len, spec.layers, spec.depth, spec.steps, spec.trace) for spec in specs] == [
         (262144, 32, 36, 2, 65536),
-        (524288, 16, 36, 2, 65536),
+        (524288, 16, 36, 1, 65536),
     ]
     (spec,) = specs_of("--set reach --only 2 --contender fpdt")
     assert (spec.seq_len, spec.contender) == (4 << 20, "fpdt")
-    assert "--parallelism_config_dp_replicate_size=2" in run.command(llama(1 << 18, 8, sp=2))
-    assert not any("dp_replicate" in word for word in run.command(spec))
+    assert "--parallelism_config_dp_replicate_size=2" in run.command([llama(1 << 18, 8, sp=2)])
+    assert not any("dp_replicate" in word for word in run.command([spec]))
 
 
 def test_the_commands_in_the_readme():
@@ -175,32 +179,86 @@ def test_the_commands_in_the_readme():
         assert run.specs_of(run._arguments([*shlex.split(words), "--host-gib", "500"]))
 
 
+def settled(*specs: ScaleSpec) -> list[ScaleSpec]:
+    return [estimates.settled(spec, 500, 74) for spec in specs]
+
+
+def test_points_that_share_a_launch():
+    """Longer sequences of the same model and settings, in order; the first has the warm-up, and the start in its seconds."""
+    short, long = llama(1 << 18, 4, steps=2, trace=1 << 17), llama(1 << 19, 4)
+    ((one, two),) = launches_of(settled(short, long))
+    assert one.lengths == [1 << 17, 1 << 18, 1 << 18, 1 << 17]
+    assert two.lengths == [1 << 19]
+    alone = launches_of(settled(long, short))
+    assert [[spec.seq_len for spec in launch] for launch in alone] == [[1 << 19], [1 << 18]]
+    assert estimates.estimate(alone[0][0]).seconds - estimates.estimate(two).seconds > 45
+    others = [replace(long, layers=5), replace(long, shape="qwen3-8b"), replace(long, fpdt={"kv": "streamed"})]
+    others += [replace(long, gpus=2, sp=2), replace(long, sp=2), llama(1 << 22, 4)]  # the last has larger chunks
+    for other in others:
+        assert len(launches_of(settled(short, other))) == 2, other
+
+
+FOUND = {"step_s": 1.0, "first_step_s": 1.0, "host_gib": 0.0, "model_tflops": 1.0, "gpu": "G"}
+
+
+def run_with(monkeypatch, out: Path, words: str, launch) -> list[dict]:
+    monkeypatch.setattr(run, "launched", launch)
+    monkeypatch.setattr("sys.argv", f"run --gpus 4 --host-gib 500 --out {out} {words}".split())
+    run.main()
+    (call,) = read_calls(out)
+    assert call["header"]["command"].startswith("python -m benchmarks.scale.run --gpus 4")
+    return call["rows"]
+
+
+def said(point: int, **row) -> str:
+    return json.dumps({"row": FOUND | {"point": point} | row})
+
+
 def test_points_that_cannot_end_in_time_are_not_started(tmp_path, monkeypatch):
-    """Of the estimates of `reach`, 176 and 300 s: with 200 s left the second is left out, and the row says so."""
-    found = {"step_s": 1.0, "first_step_s": 1.0, "host_gib": 0.0, "model_tflops": 1.0, "gpu": "G"}
+    """Of the estimates of `mesh`, 85 and 67 s: with 70 s left the second is left out, and the row says so."""
     started = []
 
     def launch(words, seconds):
-        started.append((json.loads(words[-1])["seq_len"], seconds))
-        return Outcome(0, json.dumps({"row": found}), "", 1.0)
+        started.append(([one["seq_len"] for one in json.loads(words[-1])], seconds))
+        later = time.monotonic() + 30
+        monkeypatch.setattr(run.time, "monotonic", lambda: later)
+        return Outcome(0, said(0), "", 1.0)
 
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "as it was")
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "to be put back")
     monkeypatch.delenv("TORCH_SYMM_MEM_DISABLE_MULTICAST")
-    monkeypatch.setattr(run, "launched", launch)
-    out = tmp_path / "out.json"
-    monkeypatch.setattr("sys.argv", f"run --gpus 4 --set reach --host-gib 500 --time-limit 200 --out {out}".split())
-    run.main()
-    ((tokens, seconds),) = started
-    assert tokens == 2 << 20
-    assert 190 < seconds <= 200
-    (call,) = read_calls(out)
-    assert call["header"]["command"].startswith("python -m benchmarks.scale.run --gpus 4 --set reach")
-    first, second = call["rows"]
-    assert (first["step_s"], first["estimated_host_gib"]) == (1.0, 96.5)
-    assert second["not_run"] == "not started within 200 s"
+    first, second = run_with(monkeypatch, tmp_path / "out.json", "--set mesh --time-limit 70", launch)
+    ((lengths, seconds),) = started
+    assert lengths == [1 << 18]
+    assert 60 < seconds <= 70
+    assert (first["step_s"], first["estimated_host_gib"]) == (1.0, 84.5)
+    assert second["not_run"] == "not started within 70 s"
     assert run.os.environ["NCCL_NVLS_ENABLE"] == "as it was"
     assert run.os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+
+
+WORDS = "--seq-len 65536,131072,262144 --layers 4"
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome", "ends"),
+    [
+        ("", Outcome(0, f"{said(0)}\n{said(1)}\n{said(1, trace=7)}\n{said(2)}", "", 9.0), ["", "trace", ""]),
+        ("", Outcome(1, f"{said(0)}\n{said(1, out_of_memory=True)}", "ChildFailedError", 9.0), ["", "out_of_memory", "error"]),
+        ("", Outcome(1, said(0), "ChildFailedError", 9.0), ["exit_status", "error", "error"]),
+        ("--time-limit 99", Outcome(-9, said(0), "", 99.0), ["exit_status", "not_run", "not_run"]),
+        ("--time-limit 99", Outcome(-9, "", "", 99.0), ["not_run"] * 3),
+    ],
+)
+def test_every_point_of_a_launch_has_a_row(tmp_path, monkeypatch, words, outcome, ends):
+    """Also those of one that ended early; a point that ended before the next was begun has no exit status."""
+    rows = run_with(monkeypatch, tmp_path / "out.json", f"{WORDS} {words}", lambda *_: outcome)
+    assert [row["seq_len"] for row in rows] == [65536, 131072, 262144]
+    assert [row.get("ran_before") for row in rows] == [None, [65536], [65536, 131072]]
+    kinds = ("error", "out_of_memory", "not_run", "exit_status", "trace")
+    assert [next((kind for kind in kinds if kind in row), "") for row in rows] == ends
+    if "not_run" in ends:
+        assert rows[2]["not_run"] == "not ended within 99 s"
 
 
 def test_ranks_end_with_a_point_that_takes_too_long(tmp_path):
@@ -215,13 +273,20 @@ def test_ranks_end_with_a_point_that_takes_too_long(tmp_path):
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_host_memory_is_locked_ahead_and_left_free():
+def test_host_memory_is_locked_ahead_and_left_free(monkeypatch):
+    """What a point needs at the most, in slabs that the next point's tensors fit as well."""
+    monkeypatch.setattr(scale_step, "_SLAB_BYTES", 2 << 20)
     locked = []
     arena = HostArena(slab_bytes=1 << 12, lock=lambda slab: locked.append(slab.numel()), unlock=lambda slab: None)
-    lock_ahead(arena, 3 << 20)
-    assert (sum(locked), arena.used_bytes) == (3 << 20, 0)
-    arena.take(3 << 20)
-    assert sum(locked) == 3 << 20
+    host = HostAhead(arena)
+    host.begin(3 << 20)
+    host.lock(3 << 20)
+    assert (locked, arena.used_bytes) == ([2 << 20, 1 << 20], 0)
+    host.lock(7 << 20)
+    assert (locked, arena.used_bytes) == ([2 << 20, 1 << 20, 2 << 20, 2 << 20], 0)
+    host.lock(6 << 20)
+    arena.take(2 << 20)
+    assert sum(locked) == 7 << 20
 
 
 # A launch
@@ -229,7 +294,7 @@ def test_host_memory_is_locked_ahead_and_left_free():
 
 def test_sequences_go_round_as_accelerate_deals_them_out():
     """Two groups of two: in a round ranks 0 and 1 have two steps of the first group, 2 and 3 those of the second."""
-    rows = Rows(llama(64, 1, 4, sp=2, steps=2, warm_tokens=32), 100)
+    rows = Rows([llama(64, 1, 4, sp=2, warm_tokens=32), llama(64, 1, 4, sp=2)], 100)
     assert len(rows) == 8
     lengths = [len(rows[index]["input_ids"]) for index in range(8)]
     assert lengths == [32, 64, 32, 64, 64, 2, 64, 2]
@@ -264,29 +329,31 @@ def plain_loop(lengths: list[int], groups: int, rate: float) -> list[tuple[float
     return found
 
 
-def launch(monkeypatch, out: Path, *words: str) -> dict:
-    command = ["run", "--shape", "tiny", "--device", "cpu", "--seq-len", "512", "--layers", "2", "--steps", "2"]
+def launch(monkeypatch, out: Path, *words: str) -> list[dict]:
+    command = ["run", "--shape", "tiny", "--device", "cpu", "--seq-len", "512,640", "--layers", "2", "--steps", "2,1"]
     monkeypatch.setattr("sys.argv", [*command, "--fpdt", '{"chunk_size": 128}', "--out", str(out), *words])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.chdir(ROOT)
     run.main()
-    ((row,),) = (call["rows"] for call in read_calls(out))
-    assert "error" not in row, row["error"]
-    return row
+    (rows,) = (call["rows"] for call in read_calls(out))
+    for row in rows:
+        assert "error" not in row, row["error"]
+    return rows
 
 
 @pytest.mark.parametrize(("gpus", "groups"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_a_launch_on_cpus_is_a_training_run(tmp_path, monkeypatch, gpus, groups):
-    """Every loss, and the last gradient norm; the steps of AdamW are in the losses after them."""
+    """Every loss of both points, and their last gradient norms; the steps of AdamW are in the losses after them."""
     pytest.importorskip("deepspeed")
-    row = launch(monkeypatch, tmp_path / "out.json", "--gpus", str(gpus), "--sp", "2")
-    want = plain_loop([256, 512, 512], groups, LEARNING_RATE)
-    assert row["losses"] == pytest.approx([loss for loss, _ in want], abs=2e-6)
-    assert row["grad_norm"] == pytest.approx(want[-1][1], rel=1e-5)
-    untrained = plain_loop([256, 512, 512], groups, 0.0)
+    row, longer = launch(monkeypatch, tmp_path / "out.json", "--gpus", str(gpus), "--sp", "2")
+    want = plain_loop([256, 512, 512, 640], groups, LEARNING_RATE)
+    assert row["losses"] + longer["losses"] == pytest.approx([loss for loss, _ in want], abs=2e-6)
+    assert [row["grad_norm"], longer["grad_norm"]] == pytest.approx([want[2][1], want[3][1]], rel=1e-5)
+    untrained = plain_loop([256, 512, 512, 640], groups, 0.0)
     assert max(abs(one - two) for (one, _), (two, _) in zip(want, untrained, strict=True)) > 1e-5
     assert (row["gpus"], row["sp"], row["dp"], row["depth"], row["warm_tokens"]) == (gpus, 2, groups, 2, 256)
     assert (row["long_steps"], row["timed"], row["zero_stage"]) == (2, "median of the last 1", 3)
+    assert (longer["seq_len"], longer["timed"], longer["ran_before"]) == (640, "the only long step", [512])
     assert row["fpdt"] == {"chunk_size": 128, "save_attention": True}
     assert row["step_s"] == row["all_steps_s"][1]
     assert row["tokens_per_s_per_gpu"] == pytest.approx(groups * 512 / row["step_s"] / gpus)

@@ -1,9 +1,9 @@
 """
 Seconds, host memory and GPU memory of a point before it runs, and the settings by which it fits. Arithmetic on shapes.
 
-    seconds   operations (`shapes.step_flops`, attention's forward once more if it is not saved) at 45% of the peak, and 45 s
-              for a launch: imports, weights, compilation of kernels, the end of the processes. More where page-locking the
-              host's memory takes longer than the model does
+    seconds   operations (`shapes.step_flops`, attention's forward once more if it is not saved) at 45% of the peak, and with a
+              point's warm-up 45 s for the launch: imports, weights, compilation of kernels, the end of the processes. More
+              where page-locking the host's memory takes longer than the model does
     host      what every layer keeps for its backward, by token: input, K, V, and with `save_attention` out and lse; and the
               final norm's input. Under ZeRO-3 all of it waits on the host
     GPU       weights, gradients, fp32 weights and two states of AdamW over all GPUs, and the larger of two moments: the forward
@@ -31,7 +31,7 @@ _LIVE = 1e9  # elements: its stage3_max_live_parameters
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of the whole launch, GiB of host memory on the host, GiB of memory on every GPU."""
+    """Seconds, with the launch's where the point begins one; GiB of memory on the host, and on every GPU."""
 
     seconds: float
     host_gib: float
@@ -73,7 +73,8 @@ def estimate(spec: ScaleSpec) -> Estimate:
     host = host_bytes(spec, spec.fpdt["save_attention"]) / _GIB
     locking = LOCK_S * max(host / spec.gpus - LOCKED_MEANWHILE, 0)
     steps = sum(_seconds(spec, tokens) for tokens in spec.lengths)
-    return Estimate(START_S + locking + steps, host, gpu_bytes(spec) / _GIB)
+    start = START_S if spec.warm_tokens else 0.0  # else in the launch of another
+    return Estimate(start + locking + steps, host, gpu_bytes(spec) / _GIB)
 
 
 def host_bytes(spec: ScaleSpec, save_attention: bool, layers: int | None = None) -> float:

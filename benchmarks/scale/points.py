@@ -1,6 +1,7 @@
 """What is run on many GPUs of one host: one point, and named sets of points that fit a call of nine minutes."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 
 from benchmarks.shapes import DEPTHS, GPT_SHAPES, SHAPES
 
@@ -13,7 +14,7 @@ _LLAMA, _QWEN = "llama-3.1-8b", "qwen3-8b"
 @dataclass(frozen=True, kw_only=True)
 class ScaleSpec:
     """
-    One launch: a short warm-up step, then `steps` long ones.
+    A short warm-up step, then `steps` long ones; after another point in the same launch (`launches_of`) only these.
 
     Args:
         layers: of the model that runs, which has otherwise the named shape.
@@ -21,7 +22,7 @@ class ScaleSpec:
         sp: GPUs that share a sequence.
         trace: tokens of one more step, profiled; 0: none.
         fpdt, zero: fields of `FPDTConfig` and of DeepSpeed's `zero_optimization`.
-        warm_tokens: of the warm-up step.
+        warm_tokens: of the warm-up step; 0: there is none.
 
     Raises:
         ValueError: for what cannot be run, naming the option.
@@ -75,7 +76,12 @@ class ScaleSpec:
     @property
     def lengths(self) -> list[int]:
         """Tokens of every step, in order."""
-        return [self.warm_tokens, *[self.seq_len] * self.steps, *([self.trace] if self.trace else [])]
+        return [one for one in (self.warm_tokens, *[self.seq_len] * self.steps, self.trace) if one]
+
+    def goes_on_after(self, before: "ScaleSpec") -> bool:
+        """Whether it can run in the launch of that point: the same model, groups and settings, and a sequence no shorter."""
+        own = {name: getattr(before, name) for name in ("seq_len", "steps", "trace", "warm_tokens")}
+        return replace(self, **own) == before and self.seq_len >= before.seq_len
 
     def row(self) -> dict:
         """The part of a row that is known before the point runs."""
@@ -83,12 +89,23 @@ class ScaleSpec:
         return {name: getattr(self, name) for name in names} | ({"zero": self.zero} if self.zero else {})
 
 
+def launches_of(specs: Iterable[ScaleSpec]) -> list[list[ScaleSpec]]:
+    """Settled points in order, those that go on after each other in one launch; its first alone has a warm-up."""
+    found: list[list[ScaleSpec]] = []
+    for spec in specs:
+        if found and spec.goes_on_after(found[-1][-1]):
+            found[-1].append(replace(spec, warm_tokens=0))
+        else:
+            found.append([spec])
+    return found
+
+
 def points_of(name: str, gpus: int) -> list[ScaleSpec]:
     """
     The points of a set, in the order of their value.
 
     `trial`    that everything works: both models, a trace, groups with sequences of their own.
-    `main`     256K to 1M tokens of both models.
+    `main`     the whole Llama-3.1-8B at 256K tokens, and fewer layers of both models at 256K to 1M.
     `deep`     on 8 GPUs the whole Qwen3-8B at 1M tokens; on 4 a third of it, and the whole Llama-3.1-8B at 512K.
     `scaling`  four layers on 1, 2, 4 (and 8) GPUs, at 256K tokens and at 128K a GPU.
     `reach`    2M and 4M tokens.
@@ -108,6 +125,10 @@ def _point(shape: str, seq_len: int, layers: int, **more) -> dict:
     return {"shape": shape, "seq_len": seq_len, "layers": layers} | more
 
 
+def _lengths(shape: str, layers: int) -> list[dict]:
+    return [_point(shape, 256 * _K, layers, steps=2, trace=256 * _K), *(_point(shape, n * _K, layers) for n in (512, 1024))]
+
+
 def _trial(gpus: int) -> list[dict]:
     return [
         _point(_LLAMA, 128 * _K, 2, trace=128 * _K),
@@ -117,9 +138,13 @@ def _trial(gpus: int) -> list[dict]:
 
 def _scaling(most: int) -> list[dict]:
     counts = [count for count in (1, 2, 4, 8) if count <= most]
-    fixed = [_point(_LLAMA, 256 * _K, 4, gpus=count, steps=2, trace=256 * _K if count > 1 else 0) for count in reversed(counts)]
-    a_gpu = [_point(_LLAMA, 128 * _K * count, 4, gpus=count, steps=2 if count < 8 else 1) for count in counts if count != 2]
-    return fixed + a_gpu  # 128K a GPU on two is 256K, which is there
+    found = []
+    for count in reversed(counts):
+        lengths = sorted({256 * _K, 128 * _K * count})
+        steps = {length: 2 if length <= 512 * _K else 1 for length in lengths}
+        traces = {256 * _K: 256 * _K if count > 1 else 0}
+        found += [_point(_LLAMA, one, 4, gpus=count, steps=steps[one], trace=traces.get(one, 0)) for one in lengths]
+    return found
 
 
 _SETS = {
@@ -128,22 +153,21 @@ _SETS = {
     ("trial", 8): _trial(8),
     ("main", 4): [
         _point(_LLAMA, 256 * _K, 32),
-        _point(_QWEN, _M, 6, trace=256 * _K),
-        _point(_LLAMA, _M, 6),
-        _point(_LLAMA, 512 * _K, 16),
+        *_lengths(_LLAMA, 4),
+        *_lengths(_QWEN, 4),
     ],
     ("main", 8): [
         _point(_LLAMA, 256 * _K, 32),
-        _point(_QWEN, _M, 9, trace=256 * _K),
-        _point(_LLAMA, _M, 8),
         _point(_LLAMA, 512 * _K, 32),
+        *_lengths(_LLAMA, 8),
+        *_lengths(_QWEN, 8),
     ],
     ("deep", 4): [_point(_QWEN, _M, 12), _point(_LLAMA, 512 * _K, 32)],
     ("deep", 8): [_point(_QWEN, _M, 36)],
     ("scaling", 4): _scaling(4),
     ("scaling", 8): _scaling(8),
-    ("reach", 4): [_point(_LLAMA, 2 * _M, 2), _point(_LLAMA, 4 * _M, 1)],
-    ("reach", 8): [_point(_LLAMA, 2 * _M, 4), _point(_LLAMA, 4 * _M, 2)],
+    ("reach", 4): [_point(_LLAMA, 2 * _M, 1), _point(_LLAMA, 4 * _M, 1)],
+    ("reach", 8): [_point(_LLAMA, 2 * _M, 2), _point(_LLAMA, 4 * _M, 2)],
     ("mesh", 4): [_point(_LLAMA, 256 * _K, 8, sp=2, steps=2), _point(_LLAMA, 256 * _K, 8, steps=2)],
     ("mesh", 8): [_point(_LLAMA, 256 * _K, 8, sp=4, steps=2), _point(_LLAMA, 256 * _K, 8, steps=2)],
 }

@@ -1,6 +1,7 @@
 """
-One point, started on every GPU by `run.py`: `... -m benchmarks.scale.step SPEC`, with a settled `ScaleSpec` as JSON. Rank 0,
-and a rank that fails, prints `{"row": ...}`; rank 0 once more when a step was profiled.
+One launch, started on every GPU by `run.py`: `... -m benchmarks.scale.step SPECS`, with settled `ScaleSpec`s as a JSON list,
+which differ in their lengths only. Rank 0, and a rank that fails, prints `{"row": ...}` of every point, with its number; rank 0
+once more when a step was profiled.
 
 Full finetuning as a loop of one's own with Accelerator has it: a model built under ZeRO-3 (each weight is on a GPU whole only
 until it is cut), bfloat16 with fp32 weights and AdamW states (torch's, fused), gradients clipped at 1. Every step has random
@@ -18,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from benchmarks.point import PEAK_BF16, is_memory_shortage
+from benchmarks.shapes import model_config, step_flops
 from benchmarks.shared_point import _memory, _Step, _timed, _whole
 from benchmarks.shared_trace import traced
 
@@ -31,47 +33,51 @@ _PATIENCE_MINUTES = 30  # of collectives: one may be sent minutes before the GPU
 
 def main():
     started = time.perf_counter()
-    spec = ScaleSpec(**json.loads(sys.argv[1]))
+    specs = [ScaleSpec(**one) for one in json.loads(sys.argv[1])]
     import torch
 
     from benchmarks.contenders import prepare
 
-    locking = None
-    if spec.device == "cuda":
+    first, host = specs[0], None
+    if first.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        locking = _start_locking(host_bytes_of_rank(spec))
-        prepare(spec.contender)  # Liger runs on GPUs only
+        host = HostAhead()
+        host.begin(host_bytes_of_rank(first))
+        prepare(first.contender)  # Liger runs on GPUs only
+    point = 0
     try:
-        row = measure(spec, started, locking)
+        step = start(specs, model_config(first.shape, first.layers))
+        started_s = time.perf_counter() - started
+        for point, spec in enumerate(specs):
+            if host is not None:
+                host.lock(host_bytes_of_rank(spec))
+            ready_s = time.perf_counter() - started
+            measure(spec, step, {"point": point, "ready_s": ready_s, "waited_for_locking_s": ready_s - started_s})
+            started, started_s = time.perf_counter(), 0.0  # of the next point
     except Exception as error:
         row = {"error": "".join(traceback.format_exception(error))[-1500:]}
         if is_memory_shortage(error):
             row = {"out_of_memory": True, "why": str(error)[:800]}
-    if "step_s" not in row:
-        print(json.dumps({"row": row}), flush=True)
-    os._exit(0 if "step_s" in row else 1)  # at once: the other ranks may wait for this one, and then for their launcher
+        print(json.dumps({"row": row | {"point": point}}), flush=True)
+        os._exit(1)
+    os._exit(0)  # at once: the other ranks may wait for this one, and then for their launcher
 
 
-def measure(spec: ScaleSpec, started: float, locking: Future | None = None) -> dict:
-    """The row of a point, printed by rank 0, after `locking` is done."""
+def measure(spec: ScaleSpec, step: _Step, row: dict) -> None:
+    """Prints the row of a point, by rank 0, which begins with `row`."""
     import torch
     import torch.distributed as dist
 
-    from benchmarks.shapes import model_config
-
-    config = model_config(spec.shape, spec.layers)
-    step = start(spec, config)
-    started_s = time.perf_counter() - started
-    if locking is not None:
-        locking.result()
-    ready_s = time.perf_counter() - started
-    warm_s, warm_loss = _timed(step, spec.device)
+    losses = []
+    if spec.warm_tokens:
+        seconds, loss = _timed(step, spec.device)
+        row, losses = row | {"warm_step_s": seconds}, [loss]
     if spec.device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     found = [_timed(step, spec.device) for _ in range(spec.steps)]
-    seconds, losses = [one for one, _ in found], [warm_loss, *(loss for _, loss in found)]
-    row = {"ready_s": ready_s, "waited_for_locking_s": ready_s - started_s, "warm_step_s": warm_s}
-    row |= _speed(spec, config, seconds)
+    losses += [loss for _, loss in found]
+    row |= _speed(spec, model_config(spec.shape, spec.layers), [one for one, _ in found])
     row |= {"losses": losses, "loss": losses[-1]} | step.engine() | _memory(spec.device) | _host_of_all(spec.device)
     if not all(map(math.isfinite, [*losses, row["grad_norm"]])):
         row["error"] = f"losses {losses} and gradient norm {row['grad_norm']} are not all finite"
@@ -81,30 +87,49 @@ def measure(spec: ScaleSpec, started: float, locking: Future | None = None) -> d
         row["trace"] = {"seq_len": spec.trace} | traced(step)
         say(row)
     dist.barrier()
-    return row
 
 
-def _start_locking(num_bytes: int) -> Future:
-    """Host memory for this GPU, in a thread while the model is made: a gigabyte takes the better part of a second."""
-    import torch
+class HostAhead:
+    """
+    Locks host memory for this GPU before the steps that need it: a gigabyte takes the better part of a second.
 
-    from hf_fpdt.transfers import transfers_for  # not in the thread: others import it too
+    Args:
+        arena: None: that of this GPU.
+    """
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    arena = transfers_for(device).arena
+    def __init__(self, arena=None):
+        from hf_fpdt.transfers import transfers_for  # not in the thread: others import it too
 
-    def lock() -> None:
-        torch.cuda.set_device(device)  # of this thread
-        lock_ahead(arena, num_bytes)
+        self._device = None
+        if arena is None:
+            import torch
 
-    return ThreadPoolExecutor(1).submit(lock)
+            self._device = torch.device("cuda", torch.cuda.current_device())
+            arena = transfers_for(self._device).arena
+        self._arena = arena
+        self._slabs: list[int] = []  # bytes
+        self._first: Future | None = None
 
+    def begin(self, num_bytes: int) -> None:
+        """Starts in a thread, until `lock`."""
+        self._first = ThreadPoolExecutor(1).submit(self._grow, num_bytes)
 
-def lock_ahead(arena, num_bytes: int) -> None:
-    """Makes the arena lock so much, in slabs that hold the largest tensors, and leaves all of it free."""
-    pieces = [arena.take(min(_SLAB_BYTES, num_bytes - begin)) for begin in range(0, num_bytes, _SLAB_BYTES)]
-    for piece in pieces:
-        piece.give_back()
+    def lock(self, num_bytes: int) -> None:
+        """So much is locked in all when this returns, in slabs that hold the largest tensors, and all of it is free."""
+        if self._first is not None:
+            self._first.result()
+        self._grow(num_bytes)
+
+    def _grow(self, num_bytes: int) -> None:
+        import torch
+
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # of this thread
+        missing = num_bytes - sum(self._slabs)
+        self._slabs += [min(_SLAB_BYTES, missing - begin) for begin in range(0, missing, _SLAB_BYTES)]
+        pieces = [self._arena.take(size) for size in self._slabs]
+        for piece in pieces:
+            piece.give_back()
 
 
 def _say(rank: int, row: dict) -> None:
@@ -114,8 +139,6 @@ def _say(rank: int, row: dict) -> None:
 
 def _speed(spec: ScaleSpec, config, seconds: list[float]) -> dict:
     import torch
-
-    from benchmarks.shapes import step_flops
 
     timed = seconds[1:] or seconds
     step_s, gpu = statistics.median(timed), torch.cuda.get_device_name() if spec.device == "cuda" else "none (CPU)"
@@ -137,8 +160,9 @@ def _host_of_all(device: str) -> dict:
     return {"host_gib_of_all": _whole(torch.tensor(_host_gib(device), device=device)).item()}
 
 
-def start(spec: ScaleSpec, config) -> _Step:
+def start(specs: list[ScaleSpec], config) -> _Step:
     """Model, optimizer and loader, prepared under the launcher's configuration."""
+    spec = specs[0]
     from datetime import timedelta
 
     import torch
@@ -158,7 +182,7 @@ def start(spec: ScaleSpec, config) -> _Step:
     if spec.gpus == 1:
         hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(**spec.fpdt))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    loader = torch.utils.data.DataLoader(Rows(spec, config.vocab_size), batch_size=1)
+    loader = torch.utils.data.DataLoader(Rows(specs, config.vocab_size), batch_size=1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     batches = iter(loader)
 
@@ -182,19 +206,19 @@ class Rows:
     steps a group works on that of another of its ranks. Beyond the last step there are short ones, which nobody comes to.
     """
 
-    def __init__(self, spec: ScaleSpec, vocab_size: int):
-        self.spec, self.vocab_size = spec, vocab_size
+    def __init__(self, specs: list[ScaleSpec], vocab_size: int):
+        self.gpus, self.sp, self.vocab_size = specs[0].gpus, specs[0].sp, vocab_size
+        self.lengths = [length for spec in specs for length in spec.lengths]
 
     def __len__(self) -> int:
-        return -(-len(self.spec.lengths) // self.spec.sp) * self.spec.gpus
+        return -(-len(self.lengths) // self.sp) * self.gpus
 
     def __getitem__(self, index: int) -> dict:
         import torch
 
-        spec = self.spec
-        turn, rank = divmod(index, spec.gpus)
-        step, group = turn * spec.sp + rank % spec.sp, rank // spec.sp
-        length = spec.lengths[step] if step < len(spec.lengths) else spec.sp
+        turn, rank = divmod(index, self.gpus)
+        step, group = turn * self.sp + rank % self.sp, rank // self.sp
+        length = self.lengths[step] if step < len(self.lengths) else self.sp
         ids = tokens_of(step, group, length, self.vocab_size)
         return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length)}
 
