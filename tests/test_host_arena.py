@@ -5,10 +5,14 @@ A failure means two tensors in the same memory, or memory that leaks until the h
 """
 
 import gc
+import mmap
+import os
 import random
+import re
 import threading
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -304,3 +308,51 @@ def test_two_models_have_limits_of_their_own(monkeypatch):
     loss.backward()
     assert arena.locked_bytes > locked, "the backward needed more than the forward"
     transfers.transfers_for.cache_clear()
+
+
+# The memory itself
+
+
+def flags_of(address: int) -> set[str]:
+    """What the kernel says of the mapping at this address; empty if there is none."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= address < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    return set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says how memory is mapped")
+def test_slabs_are_in_large_pages_and_not_in_forked_processes(arena, registered):
+    """A worker that a loader forks has no part of them, and nothing is copied when this process writes afterwards."""
+    piece = arena.take(4 << 20)
+    memory = piece.memory()
+    memory.fill_(7)
+    address = memory.data_ptr()
+    flags = flags_of(address)
+    assert "sh" not in flags, "shared memory has small pages"
+    assert "dc" in flags, "a forked process would have it"
+    if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        assert "hg" in flags, "large pages were not asked for"
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not flags_of(address) else 1)
+    memory.fill_(8)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (memory == 8).all()
+
+
+def test_a_system_without_large_pages_or_such_advice(monkeypatch):
+    """Memory is mapped all the same."""
+
+    class Mapped(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError("invalid argument")
+
+    monkeypatch.setattr(host_arena.mmap, "mmap", Mapped)
+    monkeypatch.delattr(host_arena.mmap, "MADV_DONTFORK", raising=False)
+    memory = host_arena._mapped(PAGE)
+    memory.fill_(3)
+    assert (memory == 3).all()

@@ -217,9 +217,9 @@ def test_rows_that_cannot_be_compared(rows, text):
 
 
 def test_the_commands_of_the_ablations():
-    """They can be given, fit seven minutes on four GPUs, and every choice and every setting is switched off in one of them."""
+    """They can be given, fit eight minutes on four GPUs, and every choice and every setting is switched off in one of them."""
     jobs = ablations.commands()
-    assert spread.makespan(jobs, 4) <= 420
+    assert spread.makespan(jobs, 4) <= 480
     calls = []
     for job in jobs:
         words = shlex.split(job.command)

@@ -260,12 +260,12 @@ def test_the_commands_for_efficiency_can_be_given(short):
     )
 
 
-def test_the_short_commands_take_eight_minutes_on_four_gpus():
-    assert spread.makespan(efficiency.commands(short=True), 4) < 480
+def test_the_short_commands_take_nine_minutes_on_four_gpus():
+    assert spread.makespan(efficiency.commands(short=True), 4) < 540
 
 
 def test_points_take_about_as_long_as_they_are_expected_to():
-    """All calls in the results whose points are steps of full training. The slowest, at 1.29, ran beside others on its host."""
+    """All calls in the results whose points are steps of full training; some ran beside others on their host."""
     compared = 0
     for path in (ROOT / "benchmarks" / "results").glob("**/*.json"):
         for call in read_calls(path):
@@ -277,7 +277,8 @@ def test_points_take_about_as_long_as_they_are_expected_to():
             shares = [expected.seconds_of(_spec_of(row), gpu_gib=1e9) for row in rows]
             compared += 1
             took = sum(row["process_s"] for row in rows)
-            assert 0.6 < took / (expected.COMMAND_S + sum(shares)) < 1.3, (path.name, took, shares)
+            imports = expected.COMMAND_S if "paper.reach" not in call["header"]["command"] else len(rows) * expected.TRY_S
+            assert 0.6 < took / (imports + sum(shares)) < 1.3, (path.name, took, shares)
     assert compared > 20
 
 

@@ -4,8 +4,8 @@ Design choices of FPDT switched off in turn, and what each costs.
     python -m benchmarks.paper.ablations --commands
     python -m benchmarks.paper.ablations results/ablation_*.json --out ablations.png
 
-The first prints the commands (`train_step.py`) for `spread.py`, about six minutes on four GPUs. The second prints their results
-as a table and draws the times as bars. Two layers of Llama-3.1-8B's shape at 131,072 tokens, everything on the host, K and V on
+The first prints the commands (`train_step.py`) for `spread.py`, eight minutes on four GPUs. The second prints their results as
+a table and draws the times as bars. Two layers of Llama-3.1-8B's shape at 131,072 tokens, everything on the host, K and V on
 the GPU, attention saved, chunks of 16,384: in every call the first point of a length is what the others are compared with, on
 the same GPU.
 

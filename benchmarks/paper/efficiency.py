@@ -5,7 +5,7 @@ MFU and memory against the sequence length, by shape and strategy: figure 11 of 
     python -m benchmarks.paper.efficiency results/*.json --out efficiency.png
 
 The first prints the commands that measure it (`train_step.py`, `shared_step.py`), for `spread.py`; with `--short` a selection
-for eight minutes on four GPUs. The second draws their results and prints them as a table. Method: one or two layers run, and
+for nine minutes on four GPUs. The second draws their results and prints them as a table. Method: one or two layers run, and
 the GPU memory of the other layers of the real depth is held (`--ballast-layers`, `--ballast-kept`; host memory is not). Time is
 of the layers that ran, embedding and loss included; the step of the whole model takes at most `step * depth / layers`, which
 counts embedding and loss `depth / layers` times. MFU is of the layers that ran, with their own operations and those of the
@@ -40,7 +40,7 @@ def commands(short: bool = False) -> list[Job]:
     is soon there.
 
     Args:
-        short: a selection, for about eight minutes on four GPUs of a host (`spread.py`).
+        short: a selection, for about nine minutes on four GPUs of a host (`spread.py`).
     """
     found = []
     for shape, peers in _PEERS.items():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.paper import ablations, anatomy, convergence, efficiency, quality_figure, shares
+from benchmarks.paper import ablations, anatomy, convergence, efficiency, quality_figure, reach, shares
 from benchmarks.result_files import read_calls
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def main():
     PAGE.write_text(filled(PAGE.read_text()))
     convergence.draw(convergence.in_order(_rows("convergence_llama_h100", "convergence_gpt_neox_h100")), _image("convergence"))
     efficiency.draw(_efficiency(), str(_image("efficiency")))
-    anatomy.draw(_rows("anatomy_h100"), str(_image("anatomy")))
+    anatomy.draw(_rows("anatomy_h100", "anatomy_2xh100"), str(_image("anatomy")))
     ablations.draw(ablations.lines_of(_calls("ablations_h100")), str(_image("ablations")))
     found = _quality()
     quality_figure.draw(found["rows"], found["runs"], found["sizes"]["short"], _image("quality"))
@@ -57,7 +57,7 @@ def _quality() -> dict:
 
 
 def _efficiency():
-    return efficiency.series_of(_rows("efficiency_llama_h100"))
+    return efficiency.series_of(_rows("efficiency_llama_h100", "efficiency_2xh100", "efficiency_gpt_h100"))
 
 
 def _convergence() -> list[str]:
@@ -75,7 +75,7 @@ def _keys() -> list[str]:
 
 
 def _anatomy() -> list[str]:
-    return [line for row in _rows("anatomy_h100") for line in (*anatomy.table(row), "")]
+    return [line for row in _rows("anatomy_h100", "anatomy_2xh100") for line in (*anatomy.table(row), "")]
 
 
 def _shares() -> list[str]:
@@ -84,18 +84,30 @@ def _shares() -> list[str]:
     return [line for line in shares.table(row) if " x " not in line]
 
 
+def _scale_rows() -> list[dict]:
+    rows = [row for call in _calls("scale_4xh100", "scale_2xh100", folder=".") for row in call["rows"] if "step_s" in row]
+    return sorted(rows, key=lambda row: (row["shape"], -row["layers"], -row["gpus"], row["seq_len"]))
+
+
 def _scale() -> list[str]:
-    lines = ["| shape | layers | tokens | GPUs | step | tokens/s a GPU | causal MFU | GPU | host a GPU |", "|---" * 9 + "|"]
-    for call in _calls("scale_4xh100", folder="."):
-        for row in call["rows"]:
-            start = f"| {row['shape']} | {row['layers']} of {row['depth']} | {row['seq_len']:,} | {row['gpus']} |"
-            if "step_s" not in row:
-                lines.append(f"{start} not run | | | | |")
-                continue
-            memory = f"{row['peak_gib']:.1f} GiB | {row['host_gib']:.1f} GiB"
-            lines.append(
-                f"{start} {row['step_s']:.2f} s | {row['tokens_per_s_per_gpu']:,.0f} | {row['causal_mfu']:.1%} | {memory} |"
-            )
+    heads = ("shape", "layers", "tokens", "GPUs", "step", "tokens/s a GPU", "causal MFU", "GPU", "host a GPU", "all layers")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in _scale_rows():
+        start = f"| {row['shape']} | {row['layers']} of {row['depth']} | {row['seq_len']:,} | {row['gpus']} |"
+        memory = f"{row['peak_gib']:.1f} GiB | {row['host_gib']:.1f} GiB"
+        speed = f"{row['step_s']:.2f} s | {row['tokens_per_s_per_gpu']:,.0f} | {row['causal_mfu']:.1%}"
+        whole = row["whole_model"]
+        lines.append(f"{start} {speed} | {memory} | {whole['step_s_by_operations']:.0f} s, {whole['host_gib']:.0f} GiB |")
+    return lines
+
+
+def _hidden() -> list[str]:
+    kinds = ("all-to-all", "engine", "to host", "to device")
+    lines = [f"| shape, GPUs | step | {' | '.join(f'{kind}, hidden' for kind in kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    for row in _scale_rows():
+        if "trace" in row:
+            found = [f"{row['trace'][kind]['seconds']:.2f} s, {row['trace'][kind]['hidden']:.0%}" for kind in kinds]
+            lines.append(f"| {row['shape']}, {row['gpus']} | {row['step_s']:.2f} s | {' | '.join(found)} |")
     return lines
 
 
@@ -106,7 +118,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ablations": lambda: ablations.table(ablations.lines_of(_calls("ablations_h100"))),
     "anatomy": _anatomy,
     "shares": _shares,
+    "reach": lambda: reach.table(_rows("reach_h100")),
     "scale": _scale,
+    "hidden": _hidden,
 }
 
 
