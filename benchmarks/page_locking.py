@@ -5,8 +5,8 @@ Seconds to map and page-lock a gigabyte of host memory, by the kind of pages, an
     python -m benchmarks.page_locking --gib 4 --gpus 4 --out page_locking.json    # on every GPU at the same time
 
 `shared` is anonymous memory as Python's `mmap` maps it by default, in small pages; `private` the same in a mapping that only
-this process has; `large` asks for large pages there, as `hf_fpdt/host_arena.py` does; `large, touched` has several threads write
-it before it is locked. Every kind is mapped, locked, copied to, unlocked and unmapped. On a virtual machine the first kind also
+this process has; `large` asks for large pages there, as `hf_fpdt/host_arena.py` does; `large, touched` has threads write it
+before it is locked. Every kind is mapped, locked, copied to, unlocked and unmapped. On a virtual machine the first kind also
 pays for memory that its host has not given yet: it runs twice, and its second row is the one to compare.
 """
 
@@ -33,9 +33,8 @@ def main():
         for kind in (KINDS[0], *KINDS):
             found = pool.starmap(measure, [(kind, args.gib)] * args.gpus, chunksize=1)
             rows.append({"kind": kind, "gib": args.gib, "gpus": args.gpus} | _slowest(found))
-            print(
-                " ".join(f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in rows[-1].items())
-            )
+            words = (f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in rows[-1].items())
+            print(" ".join(words), flush=True)
             write_rows("page_locking", args.out, rows)
 
 

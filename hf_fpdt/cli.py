@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="what a training step would take, without a GPU and without weights",
         description="Predicts GPU and host memory of one training step, and of each GPU if there are several. Nothing is "
-        "trained or downloaded but the configuration. On one GPU gradients and an AdamW state in the weights' dtype are kept "
-        "free; with several DeepSpeed has fp32 weights and an AdamW state in pieces on them.",
+        "trained or downloaded but the configuration. On one GPU gradients and optimizer states are kept free; "
+        "with several DeepSpeed has fp32 weights and an AdamW state in pieces on them.",
     )
     one.set_defaults(run=_plan)
     one.add_argument("model", help="a folder or file with a config.json, or a name on the Hub")
@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--zero", type=int, choices=STAGES, help="ZeRO stage (default: 3 with several GPUs)")
     one.add_argument(
         "--gpu-memory", type=_size, metavar="SIZE", help="80GiB, 141GB, ... (default: of --rates, or of this machine)"
+    )
+    one.add_argument(
+        "--optimizer-memory",
+        type=_size,
+        metavar="SIZE",
+        help="of its states on the GPU (default: as AdamW in the weights' dtype)",
     )
     one.add_argument("--host-memory", type=_size, metavar="SIZE", help="of a machine (default: what this one can give)")
     one.add_argument("--gpus-per-host", type=int, metavar="N", help=f"(default: all, up to {GPUS_A_HOST})")
@@ -155,6 +161,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> FPDTConfig:
     given = {"gpu_memory": _gpu_memory(args), "host_memory": _share(args), "chunk_size": args.chunk_size}
+    given["optimizer_memory"] = args.optimizer_memory
     return FPDTConfig(
         **{name: value for name, value in given.items() if value is not None},
         kv=args.kv,

@@ -40,6 +40,10 @@ class FPDTConfig:
         gpu_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Most bytes of the GPU that this process takes in a step, model and optimizer included, at least 1. `"auto"` is what
             the GPU has free, less a reserve for the allocator. A step that needs more is an error before it starts.
+        optimizer_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Bytes of states that an optimizer which has not stepped yet will put on this process's GPU, at least 0; they are
+            kept free until then. `"auto"` is two states of every trained weight in its dtype, as AdamW has them. Fewer for
+            Adafactor, SGD and optimizers in 8 bits or on the host; more for fp32 states of 16-bit weights.
         host_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Most bytes of host memory that this process locks for offload, on each device, at least 1. `"auto"` takes what
             the machine and the control group of the process can give, less 2 GiB. More is an error before it is touched.
@@ -65,12 +69,14 @@ class FPDTConfig:
     offload: str = "auto"
     kv: str = "auto"
     gpu_memory: int | str = "auto"
+    optimizer_memory: int | str = "auto"
     host_memory: int | str = "auto"
     disk_folder: str | None = None
 
     def __post_init__(self):
         _check_count("chunk_size", self.chunk_size, "tokens")
         _check_count("gpu_memory", self.gpu_memory, "bytes")
+        _check_count("optimizer_memory", self.optimizer_memory, "bytes", least=0)
         _check_count("host_memory", self.host_memory, "bytes")
         _check_choice("kernel", self.kernel, ("auto", *KERNEL_NAMES))
         _check_choice("recompute", self.recompute, ("auto", True, False))
@@ -95,9 +101,11 @@ class FPDTConfig:
         raise ValueError(f"FPDTConfig({first}={getattr(self, first)!r}, {second}={getattr(self, second)!r}): {text}.")
 
 
-def _check_count(field: str, value, unit: str) -> None:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f'FPDTConfig({field}={value!r}): {field} must be "auto" or a whole number of {unit}, at least 1.')
+def _check_count(field: str, value, unit: str, least: int = 1) -> None:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(
+            f'FPDTConfig({field}={value!r}): {field} must be "auto" or a whole number of {unit}, at least {least}.'
+        )
 
 
 def _check_choice(field: str, value, choices: tuple) -> None:

@@ -102,11 +102,12 @@ def new_plan(
     no_backward = not (torch.is_grad_enabled() and (trainable or tokens.requires_grad))
     kind = device_type_of(device)
     sharded = _is_sharded(model)
-    if sharded and config.gpu_memory != "auto":
-        raise ValueError(
-            f"FPDTConfig(gpu_memory={config.gpu_memory}) with weights that are sharded over processes (ZeRO-3, FSDP2): their "
-            'step is not planned in this version. Leave gpu_memory="auto"; everything then waits on the host.'
-        )
+    for field in ("gpu_memory", "optimizer_memory"):
+        if sharded and (given := getattr(config, field)) != "auto":
+            raise ValueError(
+                f"FPDTConfig({field}={given}) with weights that are sharded over processes (ZeRO-3, FSDP2): their step is not "
+                f'planned in this version. Leave {field}="auto"; everything then waits on the host.'
+            )
     if no_backward or local_len < 2 or sharded or (kind != "cuda" and config.gpu_memory == "auto"):
         return simple_plan(config, batch_size, layout, kind, len(layers))
     measured = _measuring_pass(layout, config, exchange, timing)
@@ -122,7 +123,7 @@ def new_plan(
             "hf_fpdt: %s could not be measured (%s); it runs by a plan without one:\n%s", type(model).__name__, error, plan
         )
         return plan
-    footprint, reserve = _footprint(model, head, tokens, measured, trainable)
+    footprint, reserve = _footprint(model, head, tokens, measured, trainable, config.optimizer_memory)
     if engine is not None:
         footprint, timing = _by_engine(engine, model, layers, head, footprint, timing)
     sharded = engine is not None and engine.shards_weights
@@ -133,8 +134,10 @@ def new_plan(
     return make_plan(footprint, config, limits, **kinds, timing=timing, sharded=sharded)
 
 
-def _footprint(model, head, tokens: Tensor, measured: MeasuringPass, trainable: list[Tensor]) -> tuple[ModelFootprint, int]:
-    """And the bytes of gradients and optimizer states that are still to come."""
+def _footprint(
+    model, head, tokens: Tensor, measured: MeasuringPass, trainable: list[Tensor], optimizer: int | str
+) -> tuple[ModelFootprint, int]:
+    """And the bytes of gradients and optimizer states (`FPDTConfig.optimizer_memory`) that are still to come."""
     grads = sum(weight.nbytes for weight in trainable)
     in_layers = sum(layer.weight_grads for layer in measured.layers)
     held = bool(trainable) and all(weight.grad is not None for weight in trainable)
@@ -148,7 +151,8 @@ def _footprint(model, head, tokens: Tensor, measured: MeasuringPass, trainable: 
         grads_held=held,
     )
     grads += 0 if footprint.loss is None else footprint.loss.head_grads
-    return footprint, (0 if held else grads) + _optimizer_to_come(model, trainable, grads)
+    states = 2 * grads if optimizer == "auto" else optimizer
+    return footprint, (0 if held else grads) + (0 if _has_stepped(model, trainable) else states)
 
 
 def _by_engine(engine: Engine, model, layers, head, footprint: ModelFootprint, timing: Timing | None):
@@ -264,12 +268,11 @@ def _keeps_embedded(model: nn.Module) -> bool:
     return any(not any(weight.requires_grad for weight in module.parameters()) for module in asked)
 
 
-def _optimizer_to_come(model: nn.Module, trainable: list[Tensor], grads: int) -> int:
-    """Two states of the size of the gradients, until an optimizer has changed the weights: then its states are there."""
+def _has_stepped(model: nn.Module, trainable: list[Tensor]) -> bool:
+    """Whether an optimizer has changed the weights since they were first seen here, and has its states, or will have none."""
     if not trainable:
-        return 0
-    version = model.__dict__.setdefault(_UNTRAINED, trainable[0]._version)
-    return 2 * grads if trainable[0]._version == version else 0
+        return True
+    return trainable[0]._version != model.__dict__.setdefault(_UNTRAINED, trainable[0]._version)
 
 
 def _loss(head: nn.Module, tokens: int, hidden_bytes: float, device_type: str) -> LossFootprint:

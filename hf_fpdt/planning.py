@@ -67,8 +67,8 @@ def plan(
     """
     _check_counts(seq_len=(seq_len, 2), batch_size=(batch_size, 1), gpus=(gpus, 1))
     base = transformers_model(model)
-    config = _checked(config or config_of(base), base.device)
     engine = engine_of(base, gpus, sp_size, zero)
+    config = _checked(config or config_of(base), base.device, engine)
     found = of_this_machine() if rates is None else load(rates)
     timed = found is not None and base.dtype.itemsize == 2
     timing = Timing(found, fused or _has_fused_kernels(base)) if timed else None
@@ -88,11 +88,16 @@ def _check_counts(**counts: tuple[int, int]) -> None:
             raise ValueError(f"plan({name}={value!r}): {name} must be a whole number, at least {least}.")
 
 
-def _checked(config: FPDTConfig, device: torch.device) -> FPDTConfig:
+def _checked(config: FPDTConfig, device: torch.device, engine: Engine | None) -> FPDTConfig:
     if device.type == "meta" and config.gpu_memory == "auto":
         raise ValueError(
             'plan(model on the meta device, gpu_memory="auto"): there is no GPU to ask. Pass '
             "config=FPDTConfig(gpu_memory=bytes)."
+        )
+    if engine is not None and config.optimizer_memory != "auto":
+        raise ValueError(
+            f"plan(gpus={engine.gpus}, zero={engine.zero}) with FPDTConfig(optimizer_memory={config.optimizer_memory}): under "
+            'DeepSpeed fp32 weights and an AdamW state are counted, in pieces on the GPUs. Leave optimizer_memory="auto".'
         )
     return config
 

@@ -22,7 +22,10 @@ _NAMES = {
 }  # fmt: skip
 _SMALLER_CHUNKS = (1, 2, 4, 8)  # divisors of the preferred chunk, tried in this order
 _HOST_ADVICE = 'Use shorter sequences, save_attention="auto" or False, offload="disk" with a disk_folder'
-_DEVICE_ADVICE = 'Use shorter sequences, a smaller chunk_size, kv="auto", offload="auto", recompute="auto"'
+_DEVICE_ADVICE = (
+    'Use shorter sequences, a smaller chunk_size, kv="auto", offload="auto", recompute="auto", optimizer_memory=bytes for an '
+    "optimizer smaller than AdamW"
+)
 _SHARDED_HOST = 'Use more GPUs, shorter sequences, save_attention=False, offload="disk" with a disk_folder'
 _SHARDED_DEVICE = 'Use more GPUs, shorter sequences, a smaller chunk_size, kv="streamed"'
 
@@ -230,7 +233,7 @@ def _shortage(
             f"{host_advice}, or raise host_memory (got {config})."
         )
     return DeviceMemoryError(
-        f"A step needs {least.device / _GIB:.2f} GiB of device memory ({least.phase}; with gradients and an AdamW state, of "
+        f"A step needs {least.device / _GIB:.2f} GiB of device memory ({least.phase}; with gradients and optimizer states, of "
         f"which {limits.reserve / _GIB:.2f} GiB are still to come), and {limits.device / _GIB:.2f} GiB can be taken. "
         f"{device_advice}, or raise gpu_memory (got {config})."
     )

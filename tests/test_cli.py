@@ -70,10 +70,13 @@ def test_plan_is_that_of_the_library(folder, capsys):
 def test_every_option_arrives(folder, capsys):
     words = "--seq-len 8192 --batch-size 2 --gpu-memory 1GiB --host-memory 1GiB --recompute yes --save-attention no"
     words = [*words.split(), "--offload", "host", "--kv", "streamed", "--json"]
+    with_adamw = json.loads(run(capsys, "plan", folder, *words, "--dtype", "float32")[1])
+    words += ["--optimizer-memory", "0GiB"]
     status, text, _ = run(capsys, "plan", folder, *words, "--dtype", "float32")
     found = json.loads(text)
     assert status == 0
     assert (found["batch_size"], found["kv"]) == (2, "streamed")
+    assert 3 * found["limits"]["reserve"] == with_adamw["limits"]["reserve"]
     assert {(layer["keeps"], layer["place"]) for layer in found["layers"]} == {("key_value", "host")}
     half = json.loads(run(capsys, "plan", folder, *words)[1])
     assert found["peaks"]["host"] == pytest.approx(2 * half["peaks"]["host"], rel=0.05)

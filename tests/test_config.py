@@ -14,7 +14,8 @@ def test_defaults():
     fields = dataclasses.asdict(config)
     assert fields.pop("disk_folder") is None
     assert set(fields) == {
-        "chunk_size", "kernel", "recompute", "save_attention", "offload", "kv", "gpu_memory", "host_memory",
+        "chunk_size", "kernel", "recompute", "save_attention", "offload", "kv", "gpu_memory", "optimizer_memory",
+        "host_memory",
     }  # fmt: skip
     assert set(fields.values()) == {"auto"}
 
@@ -23,7 +24,8 @@ def test_defaults():
     "settings",
     [
         {"chunk_size": 1}, {"chunk_size": 1 << 20}, {"save_attention": True}, {"save_attention": False}, {"offload": "none"},
-        {"offload": "host"}, {"host_memory": 1 << 40}, {"gpu_memory": 1}, {"recompute": True}, {"recompute": False},
+        {"offload": "host"}, {"host_memory": 1 << 40}, {"gpu_memory": 1}, {"optimizer_memory": 0}, {"recompute": True},
+        {"recompute": False},
         {"kv": "streamed"}, {"kv": "streamed", "offload": "host"}, {"offload": "disk", "disk_folder": "/mnt/nvme"},
         *({"kernel": name} for name in KERNEL_NAMES),
     ],
@@ -55,6 +57,8 @@ def test_good_values(settings):
         ({"host_memory": 1e9}, r"FPDTConfig\(host_memory=1000000000.0\)"),
         ({"offload": None}, r"FPDTConfig\(offload=None\)"),
         ({"gpu_memory": 0}, r"FPDTConfig\(gpu_memory=0\): gpu_memory must be .* whole number of bytes, at least 1"),
+        ({"optimizer_memory": -1}, r"FPDTConfig\(optimizer_memory=-1\): .* whole number of bytes, at least 0"),
+        ({"optimizer_memory": "adafactor"}, r"FPDTConfig\(optimizer_memory='adafactor'\)"),
         ({"recompute": "never"}, r"FPDTConfig\(recompute='never'\): recompute must be one of 'auto', True, False"),
         ({"recompute": 1}, r"FPDTConfig\(recompute=1\)"),
         ({"kv": "streamed", "offload": "none"}, r"FPDTConfig\(kv='streamed', offload='none'\): .* set offload=\"host\""),

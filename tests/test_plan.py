@@ -6,6 +6,7 @@ A failure of a prediction means that a training run is refused that would fit, o
 
 import gc
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -343,9 +344,32 @@ def test_gradients_and_optimizer_are_waited_for_until_they_are_there():
     hf_fpdt.apply_fpdt(model, hf_fpdt.FPDTConfig(gpu_memory=PLENTY, host_memory=PLENTY, chunk_size=512))
     size = sum(p.numel() * 4 for p in model.parameters())
     assert hf_fpdt.plan(model, seq_len=1024).limits.reserve == 3 * size
+    other = hf_fpdt.FPDTConfig(gpu_memory=PLENTY, optimizer_memory=MIB)
+    assert hf_fpdt.plan(model, seq_len=1024, config=other).limits.reserve == size + MIB
     step(model, torch.randint(0, 500, (1, 64)))
     torch.optim.AdamW(model.parameters()).step()
     assert hf_fpdt.plan(model, seq_len=1024).limits.reserve == 0
+    assert hf_fpdt.plan(model, seq_len=1024, config=other).limits.reserve == 0
+
+
+def test_a_smaller_optimizer_trains_what_adamw_has_no_room_for():
+    """Two states of the weights are missing: refused, with the knob in the message, and planned as it is turned."""
+    model = llama()
+    size = sum(p.numel() * 4 for p in model.parameters())
+    settings = {"host_memory": PLENTY, "chunk_size": 512, "offload": "host", "recompute": True}
+    config = hf_fpdt.FPDTConfig(gpu_memory=PLENTY, **settings)
+    needed = hf_fpdt.plan(model, seq_len=4096, config=config).peaks.device + size
+    config = replace(config, gpu_memory=needed + size)
+    with pytest.raises(hf_fpdt.DeviceMemoryError, match="optimizer_memory=bytes for an optimizer smaller than AdamW"):
+        hf_fpdt.plan(model, seq_len=4096, config=config)
+    found = hf_fpdt.plan(model, seq_len=4096, config=replace(config, optimizer_memory=0))
+    assert found.peaks.device + found.limits.reserve <= needed + size
+
+
+def test_an_optimizer_under_deepspeed_is_not_said_by_hand():
+    config = hf_fpdt.FPDTConfig(gpu_memory=PLENTY, host_memory=PLENTY, optimizer_memory=0)
+    with pytest.raises(ValueError, match=r"plan\(gpus=2, zero=3\) with FPDTConfig\(optimizer_memory=0\)"):
+        hf_fpdt.plan(llama().bfloat16(), seq_len=4096, config=config, gpus=2)
 
 
 # ---- exactness of every choice ----
