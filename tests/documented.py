@@ -13,6 +13,8 @@ import venv
 from functools import cache
 from pathlib import Path
 
+import started
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "examples/README.md", "docs/launching.md", "docs/watching.md", "docs/settings.md")
 PROGRAMS = {"accelerate", "bash", "hf-fpdt", "python"}
@@ -100,10 +102,13 @@ class Reader:
         fixed = {"PATH": f"{self.programs}{os.pathsep}{mine['PATH']}", "PYTHONPATH": os.pathsep.join(paths)}
         return mine | fixed | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
 
-    def run(self, words: list[str], **variables: str) -> str:
-        """Runs a command to its good end; what it printed."""
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        line, variables = list(map(str, words)), self.environment(**variables)
-        done = subprocess.run(line, env=variables, cwd=self.folder, timeout=280, **pipes)
+    def run(self, words: list[str], fresh: bool = False, **variables: str) -> str:
+        """Runs a command to its good end; what it printed. `fresh`: as in `started.py`, which Python's commands go through."""
+        words = list(map(str, words))
+        if words[0] == "python":
+            words[0] = str(self.programs / "python")
+        else:
+            fresh = True
+        done = started.run(words, env=self.environment(**variables), cwd=self.folder, timeout=280, fresh=fresh)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -132,11 +132,12 @@ def test_the_plan_that_the_readme_shows(reader, tmp_path):
 
 def test_the_demo(reader):
     """What `make demo` runs behind its set-up, on less text."""
-    words = commands()[
+    given = commands()[
         "examples/README.md: python examples/finetune_long_context.py --output_dir outputs/demo --compare_with sdpa"
     ]
-    assert f"\t$(BIN)/{' '.join(words)}\n" in (ROOT / "Makefile").read_text()
-    reader.run([*words, *["--max_steps", "2", "--max_documents", "3", "--seq_len", "256", "--vocab_size", "400"]])
+    assert f"\t$(BIN)/{' '.join(given)}\n" in (ROOT / "Makefile").read_text()
+    words = [*given, "--max_steps", "2", "--max_documents", "3", "--seq_len", "256", "--vocab_size", "400"]
+    reader.run(words, fresh=True)
     runs = json.loads((reader.folder / "outputs/demo/losses.json").read_text())["runs"]
     assert runs["fpdt"]["losses"] == pytest.approx(runs["sdpa"]["losses"], abs=1e-5)
     assert (reader.folder / "outputs/demo/loss.png").is_file()
