@@ -6,12 +6,13 @@ import json
 import os
 import runpy
 import selectors
+import signal
 import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from started import FILES, Started
+from started import FILES
 
 IMPORTS = (
     "torch._dynamo", "torch.distributed.run", "torch.distributed.tensor", "accelerate.commands.launch", "transformers.trainer",
@@ -30,37 +31,38 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
         for key, _ in selector.select():
             if key.fileobj is sys.stdin:
                 return None
-            if key.fileobj is not listener:
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                _, files, _, _ = socket.recv_fds(connection, len(FILES), 3)
+                with connection.makefile() as asked:
+                    words = json.loads(asked.readline())
+                if (pid := os.fork()) == 0:
+                    os.setsid()
+                    for file in (listener, connection, selector, *running.values()):
+                        file.close()
+                    return words, files
+                for file in files:
+                    os.close(file)
+                ended = os.pidfd_open(pid)
+                running[ended] = connection
+                selector.register(ended, selectors.EVENT_READ, pid)
+                selector.register(connection, selectors.EVENT_READ, pid)
+            elif key.fileobj in running:
+                code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
+                with running.pop(key.fileobj) as connection, suppress(BrokenPipeError):
+                    with suppress(KeyError):
+                        selector.unregister(connection)
+                    connection.sendall(f"{code}".encode())
                 selector.unregister(key.fileobj)
                 os.close(key.fileobj)
-                pid, connection = running.pop(key.fileobj)
-                _answer(connection, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                connection.close()
-                continue
-            connection, _ = listener.accept()
-            _, files, _, _ = socket.recv_fds(connection, len(FILES), 3)
-            with connection.makefile() as asked:
-                words = json.load(asked)
-            if (pid := os.fork()) == 0:
-                for file in (listener, connection, *(other for _, other in running.values())):
-                    file.close()
-                return words, files
-            for file in files:
-                os.close(file)
-            _answer(connection, pid)
-            ended = os.pidfd_open(pid)
-            running[ended] = pid, connection
-            selector.register(ended, selectors.EVENT_READ)
+            elif key.fileobj.fileno() >= 0:  # who asked has ended
+                selector.unregister(key.fileobj)
+                with suppress(ProcessLookupError):
+                    os.killpg(key.data, signal.SIGKILL)
 
 
-def _answer(connection: socket.socket, number: int) -> None:
-    with suppress(BrokenPipeError):  # who asked has ended
-        connection.sendall(f"{number}\n".encode())
-
-
-def become(command: list[str], env: dict[str, str], cwd: str, files: list[int]) -> None:
+def become(command: list[str], env: dict[str, str], cwd: str, files: list[int], program: str) -> None:
     """Runs a command of Python as if this was an interpreter of its own, that of a virtual environment if it names one."""
-    os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -72,7 +74,9 @@ def become(command: list[str], env: dict[str, str], cwd: str, files: list[int]) 
     as_module = words[0] == "-m"
     sys.argv = words = words[as_module:]
     paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if command[0] != sys.executable:
+    if command[0] == sys.executable:
+        sys.executable = program
+    else:
         sys.executable = command[0]
         paths += map(str, Path(command[0]).parents[1].glob("lib/python*/site-packages"))
     sys.path[:] = [os.getcwd() if as_module else os.path.dirname(os.path.abspath(words[0])), *paths, *sys.path[1:]]
@@ -82,23 +86,10 @@ def become(command: list[str], env: dict[str, str], cwd: str, files: list[int]) 
         runpy.run_path(words[0], run_name="__main__")
 
 
-def fork_ranks(address: str) -> None:
-    """What torch's launcher starts on each rank is forked as well."""
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-
-    def start(handler, command: tuple, env: dict[str, str]) -> Started:
-        assert command[0] == sys.executable
-        assert handler._stdout is handler._stderr is None  # the launcher's own
-        return Started(address, list(command), env, os.getcwd(), [0, 1, 2])
-
-    SubprocessHandler._popen = start
-
-
 if __name__ == "__main__":
     for module in IMPORTS:
         if importlib.util.find_spec(module.split(".")[0]):  # some tests are skipped without it
             importlib.import_module(module)
     gc.freeze()
     if (asked := serve(socket.socket(fileno=int(sys.argv[2])))) is not None:
-        fork_ranks(sys.argv[1])
-        become(**asked[0], files=asked[1])
+        become(**asked[0], files=asked[1], program=sys.argv[1])

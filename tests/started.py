@@ -3,15 +3,14 @@ Starts Python commands as forks of one process that has imported torch, transfor
 the time of a command that trains a tiny model goes into these imports.
 
 hf_fpdt is not imported beforehand. Arguments, environment, folder and the way a command ends are as in an interpreter of its
-own, for `accelerate launch` and for what it starts on each rank alike. That an interpreter of its own imports the others behind
-hf_fpdt, in the environment of its launch, is what tests with `fresh=True` see.
+own. In a fork `sys.executable` is a program that asks for another one: what `accelerate launch` starts on each rank is forked
+as well. That an interpreter of its own imports the others behind hf_fpdt, in the environment of its launch, is what tests with
+`fresh=True` see.
 """
 
 import atexit
 import json
 import os
-import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -20,43 +19,44 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
-FILES = b"stdin, stdout, stderr"
+FILES = b"stdin, stdout, stderr\n"
 _SERVER = Path(__file__).with_name("fork_server.py")
 
 
 class Started:
-    """A command that runs: what the tests and torch's launcher use of `subprocess.Popen`."""
+    """A command that runs until it ends or this object's process does."""
 
     def __init__(self, address: str, command: list[str], env: dict[str, str], cwd: str, files: list[int]):
-        self.args, self.returncode, self._socket = command, None, socket.socket(socket.AF_UNIX)
+        self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(address)
         socket.send_fds(self._socket, [FILES], files)
-        self._socket.sendall(json.dumps({"command": command, "env": env, "cwd": cwd}).encode())
-        self._socket.shutdown(socket.SHUT_WR)
-        self.pid = int(self._answer())
-
-    def poll(self) -> int | None:
-        return self._ended(0)
+        self._socket.sendall(json.dumps({"command": command, "env": env, "cwd": cwd}).encode() + b"\n")
 
     def wait(self, timeout: float | None = None) -> int:
-        if self._ended(timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout)
-        return self.returncode
+        """
+        How it ended, as in `subprocess`.
 
-    def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._socket, selectors.EVENT_READ)
-                if selector.select(timeout):
-                    self.returncode = int(self._answer())
-                    self._socket.close()
-        return self.returncode
+        Raises:
+            TimeoutError: it has not.
+        """
+        self._socket.settimeout(timeout)
+        return int(self._socket.recv(20) or b"the process that forks has ended")
 
-    def _answer(self) -> str:
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self._socket.recv(1) or b"the process that starts commands has ended\n"
-        return line.decode()
+    def end(self) -> None:
+        """At once, if it has not."""
+        self._socket.close()
+
+
+def relay(address: str) -> None:
+    """Is the command of this process: ends as it does. Only a script or a module is forked."""
+    command = [sys.executable, *sys.argv[1:]]
+    named = [word for word in command[1:] if word != "-u"]
+    if not named or (named[0].startswith("-") and named[0] != "-m"):
+        os.execv(sys.executable, command)
+    code = Started(address, command, dict(os.environ), os.getcwd(), [0, 1, 2]).wait()
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def run(command: list, *, env: Mapping[str, str], cwd: str | Path, timeout: float, fresh: bool = False):
@@ -68,27 +68,29 @@ def run(command: list, *, env: Mapping[str, str], cwd: str | Path, timeout: floa
         files = [file.fileno() for file in (nothing, out, errors)]
         process = Started(server(), command, dict(env), str(cwd), files)
         try:
-            process.wait(timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            code = process.wait(timeout)
+        finally:
+            process.end()
         for file in (out, errors):
             file.seek(0)
-        return subprocess.CompletedProcess(command, process.returncode, out.read(), errors.read())
+        return subprocess.CompletedProcess(command, code, out.read(), errors.read())
 
 
 @cache
 def server() -> str:
     """Starts the process that forks, once for all tests, and does not wait for its imports; where it listens."""
     folder = TemporaryDirectory()
-    address = os.path.join(folder.name, "socket")
+    address, program = os.path.join(folder.name, "socket"), Path(folder.name, "python")
+    lines = (f"#!{sys.executable} -IS", "import sys", f"sys.path.insert(0, {str(_SERVER.parent)!r})")
+    program.write_text("\n".join((*lines, "import started", f"started.relay({address!r})")))
+    program.chmod(0o700)
     env = {name: value for name, value in os.environ.items() if not name.startswith("FPDT_") and name != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         number = listener.fileno()
-        command = [sys.executable, _SERVER, address, str(number)]
+        command = [sys.executable, _SERVER, program, str(number)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, pass_fds=[number])
 
     def end() -> None:
