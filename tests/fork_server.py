@@ -61,7 +61,7 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
                     os.killpg(key.data, signal.SIGKILL)
 
 
-def become(command: list[str], env: dict[str, str], cwd: str, files: list[int], program: str) -> None:
+def become(command: list[str], env: dict[str, str], cwd: str, program: str, files: list[int]) -> None:
     """Runs a command of Python as if this was an interpreter of its own, that of a virtual environment if it names one."""
     os.chdir(cwd)
     os.environ.clear()
@@ -74,11 +74,9 @@ def become(command: list[str], env: dict[str, str], cwd: str, files: list[int], 
     as_module = words[0] == "-m"
     sys.argv = words = words[as_module:]
     paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if command[0] == sys.executable:
-        sys.executable = program
-    else:
-        sys.executable = command[0]
+    if command[0] != sys.executable:
         paths += map(str, Path(command[0]).parents[1].glob("lib/python*/site-packages"))
+    sys.executable = program
     sys.path[:] = [os.getcwd() if as_module else os.path.dirname(os.path.abspath(words[0])), *paths, *sys.path[1:]]
     if as_module:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
@@ -91,5 +89,5 @@ if __name__ == "__main__":
         if importlib.util.find_spec(module.split(".")[0]):  # some tests are skipped without it
             importlib.import_module(module)
     gc.freeze()
-    if (asked := serve(socket.socket(fileno=int(sys.argv[2])))) is not None:
-        become(**asked[0], files=asked[1], program=sys.argv[1])
+    if (asked := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
+        become(**asked[0], files=asked[1])

@@ -26,11 +26,12 @@ _SERVER = Path(__file__).with_name("fork_server.py")
 class Started:
     """A command that runs until it ends or this object's process does."""
 
-    def __init__(self, address: str, command: list[str], env: dict[str, str], cwd: str, files: list[int]):
+    def __init__(self, command: list[str], env: dict[str, str], cwd: str, files: list[int], program: str, address: str):
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(address)
         socket.send_fds(self._socket, [FILES], files)
-        self._socket.sendall(json.dumps({"command": command, "env": env, "cwd": cwd}).encode() + b"\n")
+        words = {"command": command, "env": env, "cwd": cwd, "program": program}
+        self._socket.sendall(json.dumps(words).encode() + b"\n")
 
     def wait(self, timeout: float | None = None) -> int:
         """
@@ -47,13 +48,13 @@ class Started:
         self._socket.close()
 
 
-def relay(address: str) -> None:
+def relay(python: str, address: str) -> None:
     """Is the command of this process: ends as it does. Only a script or a module is forked."""
-    command = [sys.executable, *sys.argv[1:]]
+    command = [python, *sys.argv[1:]]
     named = [word for word in command[1:] if word != "-u"]
     if not named or (named[0].startswith("-") and named[0] != "-m"):
-        os.execv(sys.executable, command)
-    code = Started(address, command, dict(os.environ), os.getcwd(), [0, 1, 2]).wait()
+        os.execv(python, command)
+    code = Started(command, dict(os.environ), os.getcwd(), [0, 1, 2], sys.argv[0], address).wait()
     if code < 0:
         os.kill(os.getpid(), -code)
     sys.exit(code)
@@ -66,7 +67,8 @@ def run(command: list, *, env: Mapping[str, str], cwd: str | Path, timeout: floa
         return subprocess.run(command, env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True)
     with open(os.devnull) as nothing, TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
         files = [file.fileno() for file in (nothing, out, errors)]
-        process = Started(server(), command, dict(env), str(cwd), files)
+        address, program = server()
+        process = Started(command, dict(env), str(cwd), files, program, address)
         try:
             code = process.wait(timeout)
         finally:
@@ -77,20 +79,21 @@ def run(command: list, *, env: Mapping[str, str], cwd: str | Path, timeout: floa
 
 
 @cache
-def server() -> str:
-    """Starts the process that forks, once for all tests, and does not wait for its imports; where it listens."""
+def server() -> tuple[str, str]:
+    """
+    Starts the process that forks, once for all tests, and does not wait for its imports. Where it listens, and the program that
+    `sys.executable` is in its forks.
+    """
     folder = TemporaryDirectory()
-    address, program = os.path.join(folder.name, "socket"), Path(folder.name, "python")
-    lines = (f"#!{sys.executable} -IS", "import sys", f"sys.path.insert(0, {str(_SERVER.parent)!r})")
-    program.write_text("\n".join((*lines, "import started", f"started.relay({address!r})")))
-    program.chmod(0o700)
+    address, program = os.path.join(folder.name, "socket"), os.path.join(folder.name, "python")
+    write_program(program, sys.executable, address)
     env = {name: value for name, value in os.environ.items() if not name.startswith("FPDT_") and name != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         number = listener.fileno()
-        command = [sys.executable, _SERVER, program, str(number)]
+        command = [sys.executable, _SERVER, str(number)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, pass_fds=[number])
 
     def end() -> None:
@@ -99,4 +102,11 @@ def server() -> str:
         folder.cleanup()
 
     atexit.register(end)
-    return address
+    return address, program
+
+
+def write_program(path: str | Path, python: str | Path, address: str) -> None:
+    """One that is started as `python` is, and asks for a fork."""
+    lines = (f"#!{sys.executable} -IS", "import sys", f"sys.path.insert(0, {str(_SERVER.parent)!r})")
+    Path(path).write_text("\n".join((*lines, "import started", f"started.relay({str(python)!r}, {address!r})")))
+    Path(path).chmod(0o700)

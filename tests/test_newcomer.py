@@ -164,7 +164,7 @@ def test_the_script_of_the_readme_as_it_is_launched(reader, tmp_path):
     (tmp_path / "train.py").write_text(GIVEN + "\n".join(script))
     words = command("README.md", "accelerate launch --config_file accelerate_configs/fpdt_zero3_2gpu.yaml")
     names = {"train.py": tmp_path / "train.py", "...": tmp_path / "given.json"}
-    printed = reader.run(as_tried(words, names), FPDT_CHUNK_SIZE="14")
+    printed = reader.run(as_tried(words, names), fresh=True, FPDT_CHUNK_SIZE="14")
     assert printed.count("'loss'") == 2
     assert "fpdt/tokens_per_s_per_gpu" in printed
 
