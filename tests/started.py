@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
 FILES = b"stdin, stdout, stderr\n"
+ROOT = Path(__file__).resolve().parents[1]
 _SERVER = Path(__file__).with_name("fork_server.py")
 
 
@@ -60,8 +61,16 @@ def relay(python: str, address: str) -> None:
     sys.exit(code)
 
 
-def run(command: list, *, env: Mapping[str, str], cwd: str | Path, timeout: float, fresh: bool = False):
-    """`subprocess.run` of a Python's command, with its output as text; `fresh`: in an interpreter of its own."""
+def run(command: list, *, timeout: float, env: Mapping[str, str] | None = None, cwd: str | Path = ROOT, fresh: bool = False):
+    """
+    `subprocess.run` of a Python's command, with its output as text.
+
+    Args:
+        env: its environment; None for this one, with the checkout on Python's path.
+        fresh: in an interpreter of its own.
+    """
+    if env is None:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = list(map(str, command))
     if fresh:
         return subprocess.run(command, env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True)

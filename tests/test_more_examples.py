@@ -151,13 +151,13 @@ def test_a_script_that_knows_nothing_of_it(reader, checkpoint, tmp_path):
     through = ["accelerate", "launch", "--config_file", "accelerate_configs/fpdt_single_gpu.yaml", "-m", "hf_fpdt.run"]
     resumed = ["--resume_from_checkpoint", tmp_path / "streamed" / "checkpoint-2"]
 
-    def log_of(name: str, *words, fresh: bool = False) -> list[dict]:
-        reader.run([*words, "--output_dir", tmp_path / name], fresh=fresh, FPDT_CHUNK_SIZE="48")
+    def log_of(name: str, *words) -> list[dict]:
+        reader.run([*words, "--output_dir", tmp_path / name], FPDT_CHUNK_SIZE="48")
         return json.loads((tmp_path / name / "log.json").read_text())
 
     with ThreadPoolExecutor() as both:
         plain = both.submit(log_of, "plain", "python", *script, checkpoint)
-        streamed = both.submit(log_of, "streamed", *through, *script, named, fresh=True)
+        streamed = both.submit(log_of, "streamed", *through, *script, named)
         logs = {"plain": plain.result(), "streamed": streamed.result()}
     logs["resumed"] = log_of("resumed", "python", "-m", "hf_fpdt.run", *script, named, *resumed)
     assert "fpdt/tokens_per_s_per_gpu" in logs["streamed"][0]

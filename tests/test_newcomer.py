@@ -16,6 +16,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented import PAGES, ROOT, as_tried, command, commands
 from reference import make_batch, make_model, tiny_llama
+from started import run
 from transformers import HfArgumentParser
 
 from hf_fpdt.cli import _parser as plan_parser
@@ -170,6 +171,6 @@ def test_the_script_of_the_readme_as_it_is_launched(reader, tmp_path):
 
 
 def test_this_machine_can_be_described():
-    done = subprocess.run([sys.executable, "-m", "hf_fpdt.cli", "env"], capture_output=True, text=True, timeout=200)
+    done = run([sys.executable, "-m", "hf_fpdt.cli", "env"], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("hf-fpdt ")

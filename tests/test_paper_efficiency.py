@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_a_gpt_on_a_cpu(tmp_path):
     settings = json.dumps([one | {"chunk_size": 64} for one in (efficiency.CHUNKS, efficiency.OFFLOADED)])
     words = "--shape gpt-tiny --device cpu --contenders sdpa,fpdt --seq-lens 256 --layers 2 --repeats 1"
     words = [*words.split(), "--ballast-layers", "3", "--ballast-kept", "--fpdt", settings, "--out", str(out)]
-    done = run([sys.executable, "-m", "benchmarks.train_step", *words], env=os.environ, cwd=ROOT, timeout=200)
+    done = run([sys.executable, "-m", "benchmarks.train_step", *words], timeout=200)
     assert done.returncode == 0, done.stderr
     sdpa, chunks, offloaded = read_calls(out)[0]["rows"]
     for row in (chunks, offloaded):
@@ -118,7 +117,7 @@ def test_a_split_model_is_the_model(tmp_path):
         ("shared_step", ["--contenders", "tensor", "--gpus", "2"], two),
     ):
         command = [sys.executable, "-m", f"benchmarks.{module}", *common, *words, "--out", str(out)]
-        done = run(command, env=os.environ, cwd=ROOT, timeout=280)
+        done = run(command, timeout=280)
         assert done.returncode == 0, done.stderr
     (alone,), (both,) = (read_calls(out)[0]["rows"] for out in (one, two))
     assert both.get("error") is None
@@ -132,8 +131,7 @@ def test_every_gradient_of_a_split_model(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SPLIT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = run(command, env=environment, cwd=ROOT, timeout=280)
+    done = run(command, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the same") == 2
 
