@@ -18,7 +18,8 @@ torch.set_num_threads(1)
 
 def pytest_collection_finish(session):
     """The process that commands are forked from imports what they need beside the first tests."""
-    if "started" in sys.modules and session.items and not session.config.option.collectonly:
+    here = any(not item.get_closest_marker("gpu") for item in session.items)
+    if here and "started" in sys.modules and not session.config.option.collectonly:
         sys.modules["started"].server()
 
 

@@ -3,9 +3,9 @@ Starts Python commands as forks of one process that has imported torch, transfor
 the time of a command that trains a tiny model goes into these imports.
 
 hf_fpdt is not imported beforehand. Arguments, environment, folder and the way a command ends are as in an interpreter of its
-own. In a fork `sys.executable` is a program that asks for another one: what `accelerate launch` starts on each rank is forked
-as well. That an interpreter of its own imports the others behind hf_fpdt, in the environment of its launch, is what tests with
-`fresh=True` see.
+own, on CPUs: nothing forked has a GPU. In a fork `sys.executable` is a program that asks for another one: what `accelerate
+launch` starts on each rank is forked as well. That an interpreter of its own imports the others behind hf_fpdt, in the
+environment of its launch, is what tests with `fresh=True` see.
 """
 
 import atexit
