@@ -16,6 +16,13 @@ with torch.device("meta"):  # learns what `torch.empty` is now, before it is rep
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish(session):
+    """The process that commands are forked from imports what they need beside the first tests."""
+    here = any(not item.get_closest_marker("gpu") for item in session.items)
+    if here and "started" in sys.modules and not session.config.option.collectonly:
+        sys.modules["started"].server()
+
+
 def _called_from_hf_fpdt() -> bool:
     name = sys._getframe(2).f_globals.get("__name__", "")
     return name == "hf_fpdt" or name.startswith("hf_fpdt.")

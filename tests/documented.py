@@ -13,6 +13,8 @@ import venv
 from functools import cache
 from pathlib import Path
 
+import started
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "examples/README.md", "docs/launching.md", "docs/watching.md", "docs/settings.md")
 PROGRAMS = {"accelerate", "bash", "hf-fpdt", "python"}
@@ -89,9 +91,13 @@ class Reader:
         subprocess.run([sys.executable, *install.split(), str(self.folder)], check=True, timeout=100)
         for name in ("hf_fpdt", "hf_fpdt.egg-info", "build"):  # what runs is what was installed
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        accelerate = self.programs / "accelerate"  # as pip would have made it
-        accelerate.write_text(f'#!/bin/sh\nexec "{self.programs}/python" -m accelerate.commands.accelerate_cli "$@"\n')
-        accelerate.chmod(0o755)
+        self.forked = folder / "forked"
+        self.forked.mkdir()
+        started.write_program(self.forked / "python", self.programs / "python", started.server()[0])
+        for programs in (self.programs, self.forked):
+            accelerate = programs / "accelerate"  # as pip would have made it
+            accelerate.write_text(f'#!/bin/sh\nexec "{programs}/python" -m accelerate.commands.accelerate_cli "$@"\n')
+            accelerate.chmod(0o755)
 
     def environment(self, **variables: str) -> dict[str, str]:
         """Without GPUs, settings of hf_fpdt and the paths of whoever runs the tests."""
@@ -100,10 +106,11 @@ class Reader:
         fixed = {"PATH": f"{self.programs}{os.pathsep}{mine['PATH']}", "PYTHONPATH": os.pathsep.join(paths)}
         return mine | fixed | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
 
-    def run(self, words: list[str], **variables: str) -> str:
-        """Runs a command to its good end; what it printed."""
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        line, variables = list(map(str, words)), self.environment(**variables)
-        done = subprocess.run(line, env=variables, cwd=self.folder, timeout=280, **pipes)
+    def run(self, words: list[str], fresh: bool = False, **variables: str) -> str:
+        """Runs a command to its good end; what it printed. Python's commands are forked as in `started.py`, unless `fresh`."""
+        words, variables = list(map(str, words)), self.environment(**variables)
+        if not fresh:
+            variables["PATH"] = f"{self.forked}{os.pathsep}{variables['PATH']}"
+        done = started.run(words, env=variables, cwd=self.folder, timeout=280, fresh=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

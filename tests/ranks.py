@@ -14,7 +14,12 @@ import torch.distributed as dist
 
 # The server imports these once; every process is then a fork of it that starts at once.
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "hf_fpdt"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch", "torch.distributed", "accelerate", "hf_fpdt", "pytest", "transformers.trainer",
+        *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "gpt_neox")),
+    ]
+)  # fmt: skip
 
 
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout: int = 90) -> list[Any]:

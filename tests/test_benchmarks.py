@@ -6,13 +6,13 @@ import io
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from started import run
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -188,7 +188,7 @@ def test_a_command_on_a_cpu(tmp_path):
     out = tmp_path / "out.json"
     words = "--shape tiny --device cpu --contenders sdpa,fpdt --seq-lens 256 --layers 2 --repeats 1 --optimizer adamw --fpdt"
     words = [*words.split(), '[{"chunk_size": 64}, {"chunk_size": 0}]', "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.train_step", *words], cwd=ROOT, capture_output=True, text=True)
+    done = run([sys.executable, "-m", "benchmarks.train_step", *words], timeout=200)
     assert done.returncode == 0, done.stderr
     sdpa, fpdt, failed = read_calls(out)[0]["rows"]
     assert "chunk_size=0" in failed["error"]
@@ -208,7 +208,7 @@ def test_a_shared_command_on_cpus(tmp_path):
     words = "--shape tiny --device cpu --contenders fpdt --gpus 1,2 --seq-lens 256 --layers 2 --repeats 1"
     words = [*words.split(), "--fpdt", '{"chunk_size": 64}', "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.shared_step", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run(command, timeout=280)
     assert done.returncode == 0, done.stderr
     alone, both = read_calls(out)[0]["rows"]
     assert (alone["gpus"], both["gpus"]) == (1, 2)
@@ -513,7 +513,8 @@ def test_only_large_copies_of_the_two_directions_count():
 def _overlap(tmp_path, trace, *options) -> dict:
     (tmp_path / "trace.json").write_text(json.dumps(trace))
     words = ["--trace", str(tmp_path / "trace.json"), "--out", str(tmp_path / "overlap"), *options]
-    subprocess.run([sys.executable, "-m", "benchmarks.overlap", *words], check=True, cwd=ROOT)
+    done = run([sys.executable, "-m", "benchmarks.overlap", *words], timeout=200)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "overlap.png").stat().st_size > 1000
     (call,) = read_calls(tmp_path / "overlap.json")
     assert call["header"]["gpu"] == "NVIDIA H200"

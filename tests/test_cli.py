@@ -5,11 +5,11 @@ the longest sequence fits while one 1,024 tokens longer does not.
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from reference import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -204,6 +204,6 @@ def test_the_report_of_gpus(monkeypatch):
 
 def test_the_installed_command():
     command = [sys.executable, "-m", "hf_fpdt.cli", "plan", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = started.run(command, timeout=120)
     assert done.returncode == 0
     assert "--longest" in done.stdout

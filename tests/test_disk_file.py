@@ -25,6 +25,7 @@ from itertools import pairwise
 import pytest
 import test_transfers
 import torch
+from started import run
 
 from hf_fpdt import disk_file as disk_file_module
 from hf_fpdt import nameless_file
@@ -702,14 +703,16 @@ def test_an_interrupted_get_leaves_everything_usable(cpu, file, monkeypatch):
 
 def run_script(body: str, folder) -> subprocess.CompletedProcess:
     head = """
-import os, signal, sys, time
+import os, signal, sys, time, warnings
+warnings.simplefilter("error")
 import torch
 from hf_fpdt.disk_file import DiskCopy, DiskFile, disk_file_for
 from hf_fpdt.transfers import CpuTransfers
 folder, cpu = sys.argv[1], torch.device("cpu")
 """
-    command = [sys.executable, "-W", "error", "-c", head + body, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    script = folder.with_suffix(".py")  # the folder is to stay empty
+    script.write_text(head + body)
+    return run([sys.executable, script, folder], timeout=120)
 
 
 def test_the_end_of_the_process_does_not_wait_for_the_disk(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from documented import as_tried, command
+from started import run
 
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
@@ -39,7 +40,7 @@ def finetune(directory: Path, output: str, *arguments: str) -> subprocess.Comple
     settings = {"output_dir": directory / output, "seq_len": SEQ_LEN, "max_steps": STEPS, "vocab_size": 512}
     settings = [item for name, value in settings.items() for item in (f"--{name}", str(value))]
     command = [sys.executable, str(EXAMPLE), "--train_file", *files, *settings, *arguments]
-    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=300)
+    return run(command, env=environment, cwd=directory, timeout=300)
 
 
 def recorded(directory: Path, output: str) -> dict:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from reference import make_model, tiny_llama, tiny_neox
+from started import run
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 pytest.importorskip("deepspeed")  # in the extra "test"; not on every machine with a GPU
@@ -34,6 +35,7 @@ CASES = [
     ("native", "llama", 1, 1, 2), ("native", "neox", 1, 2, 1),
     ("ddp", "llama", 2, 1, 2), ("ddp", "neox", 1, 1, 2), ("ddp", "llama", 1, 2, 2), ("ddp", "neox", 2, 2, 1),
 ]  # fmt: skip
+FRESH = {("fsdp2", "neox", 1, 1, 2), ("ddp", "neox", 1, 1, 2)}  # ZeRO-3: in test_newcomer.py and below
 FAMILIES = {"llama": tiny_llama, "neox": tiny_neox}
 
 
@@ -46,9 +48,10 @@ def checkpoints(tmp_path_factory):
 
 
 def launch(
-    config: Path, words: list[str], folder: Path, backend: str | None = "gloo", clip=CLIP, optimizer="sgd", chunk_size=14
-):
-    """`accelerate launch` of a script with these words."""
+    config: Path, words: list[str], folder: Path, backend: str | None = "gloo", clip=CLIP, optimizer="sgd", chunk_size=14,
+    fresh: bool = False,
+):  # fmt: skip
+    """`accelerate launch` of a script with these words; `fresh` as in `started.py`."""
     start = f"-m accelerate.commands.launch --config_file {config} --main_process_port 0"
     common = (
         f"--output_dir {folder} --max_steps {STEPS} --num_samples {SAMPLES} --per_device_train_batch_size 1 --optim {optimizer}"
@@ -59,7 +62,7 @@ def launch(
     command = [sys.executable, *start.split(), *words, *common.split()]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": str(chunk_size), "PYTHONPATH": PATH}
     variables["KILLED_IN"] = "1"
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT | variables, cwd=ROOT)
+    return run(command, timeout=280, env=ENVIRONMENT | variables, cwd=ROOT, fresh=fresh)
 
 
 def reference(
@@ -157,7 +160,9 @@ def test_trains_as_one_process(engine, family, accumulation, groups, size, check
     if engine.startswith("zero"):
         result = launch(zero(int(engine[-1]), tmp_path, groups, size), [*RUN, *words], tmp_path / "out", clip=clip)
     else:
-        result = launch(of_gpus(engine, tmp_path, groups, size), [*ON_CPU, *words], tmp_path / "out", backend=None)
+        fresh = (engine, family, accumulation, groups, size) in FRESH
+        config = of_gpus(engine, tmp_path, groups, size)
+        result = launch(config, [*ON_CPU, *words], tmp_path / "out", backend=None, fresh=fresh)
     want = reference(checkpoints / family, groups=groups, accumulation=accumulation, size=size, clip=clip)
     check(tmp_path / "out", result, *want, norms=engine != "zero0", size=size)
     weights = json.loads((tmp_path / "out" / "log.json").read_text())[-1]["weights"]
@@ -235,7 +240,7 @@ def alone(script: str, words: list[str], folder: Path) -> subprocess.CompletedPr
     common += " --logging_steps 1 --report_to none --disable_tqdm true --use_cpu true"
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": "14", "PYTHONPATH": PATH, "KILLED_IN": "3"}
     command = [sys.executable, "-m", "hf_fpdt.run", f"tests/launched/{script}.py", *words, *common.split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT | variables, cwd=ROOT)
+    return run(command, timeout=120, env=ENVIRONMENT | variables, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +378,7 @@ def test_a_script_that_imports_hf_fpdt(checkpoints, tmp_path):
     script, folder = tmp_path / "script.py", str(ROOT / "tests" / "launched")
     script.write_text(f"import sys\nimport hf_fpdt\nsys.path.insert(0, {folder!r})\nimport train\ntrain.main()\n")
     config = with_deepspeed_file(tmp_path, {"save_attention": False}, reduce_scatter=False)
-    result = launch(config, [str(script), "--model", str(checkpoints / "llama")], tmp_path / "out")
+    result = launch(config, [str(script), "--model", str(checkpoints / "llama")], tmp_path / "out", fresh=True)
     check(tmp_path / "out", result, *reference(checkpoints / "llama"))
 
 
@@ -392,7 +397,7 @@ def test_a_loop_of_ones_own_and_its_collectives(checkpoints, tmp_path):
         command += ["tests/launched/loop.py", str(checkpoints / "llama"), str(folder / "found.json")]
         command += ["10"] if chunk_size == 10 else []
         variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": PATH}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT | variables, cwd=ROOT)
+        result = run(command, timeout=200, env=ENVIRONMENT | variables, cwd=ROOT)
         assert result.returncode == 0, result.stderr[-3000:]
         found.append(json.loads((folder / "found.json").read_text()))
     one, five = (run["collectives"] for run in found)

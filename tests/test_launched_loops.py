@@ -4,12 +4,12 @@ A loop of one's own under `accelerate launch`, its sequences spread over process
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from started import run
 from test_launched import (
     CLIP,
     ENVIRONMENT,
@@ -50,7 +50,7 @@ def test_trains_and_evaluates_as_one_process(engine, checkpoint, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     command += ["tests/launched/plain_loop.py", engine, str(checkpoint), str(out), str(STEPS), str(RATE), str(CLIP)]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FPDT_CHUNK_SIZE": "14", "PYTHONPATH": PATH}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT | variables, cwd=ROOT)
+    result = run(command, timeout=200, env=ENVIRONMENT | variables, cwd=ROOT)
     check(out, result, *reference(checkpoint, accumulation=2, shuffled=False), watched=False)
     seen = json.loads((out / "log.json").read_text())[-1]
     assert (seen["weights"] == "DTensor") == (engine == "fsdp2")

@@ -16,6 +16,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented import PAGES, ROOT, as_tried, command, commands
 from reference import make_batch, make_model, tiny_llama
+from started import run
 from transformers import HfArgumentParser
 
 from hf_fpdt.cli import _parser as plan_parser
@@ -132,11 +133,12 @@ def test_the_plan_that_the_readme_shows(reader, tmp_path):
 
 def test_the_demo(reader):
     """What `make demo` runs behind its set-up, on less text."""
-    words = commands()[
+    given = commands()[
         "examples/README.md: python examples/finetune_long_context.py --output_dir outputs/demo --compare_with sdpa"
     ]
-    assert f"\t$(BIN)/{' '.join(words)}\n" in (ROOT / "Makefile").read_text()
-    reader.run([*words, *["--max_steps", "2", "--max_documents", "3", "--seq_len", "256", "--vocab_size", "400"]])
+    assert f"\t$(BIN)/{' '.join(given)}\n" in (ROOT / "Makefile").read_text()
+    words = [*given, "--max_steps", "2", "--max_documents", "3", "--seq_len", "256", "--vocab_size", "400"]
+    reader.run(words, fresh=True)
     runs = json.loads((reader.folder / "outputs/demo/losses.json").read_text())["runs"]
     assert runs["fpdt"]["losses"] == pytest.approx(runs["sdpa"]["losses"], abs=1e-5)
     assert (reader.folder / "outputs/demo/loss.png").is_file()
@@ -163,12 +165,12 @@ def test_the_script_of_the_readme_as_it_is_launched(reader, tmp_path):
     (tmp_path / "train.py").write_text(GIVEN + "\n".join(script))
     words = command("README.md", "accelerate launch --config_file accelerate_configs/fpdt_zero3_2gpu.yaml")
     names = {"train.py": tmp_path / "train.py", "...": tmp_path / "given.json"}
-    printed = reader.run(as_tried(words, names), FPDT_CHUNK_SIZE="14")
+    printed = reader.run(as_tried(words, names), fresh=True, FPDT_CHUNK_SIZE="14")
     assert printed.count("'loss'") == 2
     assert "fpdt/tokens_per_s_per_gpu" in printed
 
 
 def test_this_machine_can_be_described():
-    done = subprocess.run([sys.executable, "-m", "hf_fpdt.cli", "env"], capture_output=True, text=True, timeout=200)
+    done = run([sys.executable, "-m", "hf_fpdt.cli", "env"], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("hf-fpdt ")

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from started import run
 from torch._subclasses import FakeTensorMode
 from transformers import GPTNeoXForCausalLM
 
@@ -56,7 +55,7 @@ def test_a_gpt_on_a_cpu(tmp_path):
     settings = json.dumps([one | {"chunk_size": 64} for one in (efficiency.CHUNKS, efficiency.OFFLOADED)])
     words = "--shape gpt-tiny --device cpu --contenders sdpa,fpdt --seq-lens 256 --layers 2 --repeats 1"
     words = [*words.split(), "--ballast-layers", "3", "--ballast-kept", "--fpdt", settings, "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.train_step", *words], cwd=ROOT, capture_output=True, text=True)
+    done = run([sys.executable, "-m", "benchmarks.train_step", *words], timeout=200)
     assert done.returncode == 0, done.stderr
     sdpa, chunks, offloaded = read_calls(out)[0]["rows"]
     for row in (chunks, offloaded):
@@ -118,7 +117,7 @@ def test_a_split_model_is_the_model(tmp_path):
         ("shared_step", ["--contenders", "tensor", "--gpus", "2"], two),
     ):
         command = [sys.executable, "-m", f"benchmarks.{module}", *common, *words, "--out", str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = run(command, timeout=280)
         assert done.returncode == 0, done.stderr
     (alone,), (both,) = (read_calls(out)[0]["rows"] for out in (one, two))
     assert both.get("error") is None
@@ -132,8 +131,7 @@ def test_every_gradient_of_a_split_model(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SPLIT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = run(command, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the same") == 2
 

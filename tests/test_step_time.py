@@ -4,9 +4,11 @@ its parts, counted by hand.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import ranks  # noqa: F401  (says what forked processes have imported)
 import torch
 from reference import tiny_llama
 from transformers import AutoModelForCausalLM
@@ -144,6 +146,9 @@ def test_rates_are_kept_and_found(tmp_path, monkeypatch):
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # The processes at the two ends of a link are forked, as those of `run_ranks`: spawned ones would import for half a minute.
+    forked = partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
     assert cli.main(["bench", "--device", "cpu", "--seconds", "0.01"]) == 0
     assert "matrix product" in capsys.readouterr().out
     found = rates.load("CPU")
