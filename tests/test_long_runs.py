@@ -27,22 +27,23 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_a_thousand_steps_take_no_more_memory():
-    """Of ever other lengths, each planned, with everything in host memory."""
+@pytest.mark.parametrize("count", [400, pytest.param(1000, marks=pytest.mark.slow)])
+def test_hundreds_of_steps_take_no_more_memory(count):
+    """Of ever other lengths, each planned, with everything in host memory: less than 5 KB a step after the first third."""
     arena = transfers_for(torch.device("cpu")).arena
     model = make_streamed(tiny_llama(), 32, offload="host", kv="streamed", gpu_memory=1 << 40)
     optimizer = torch.optim.AdamW(model.parameters())
-    lengths = torch.randint(33, 120, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = torch.randint(33, 120, (count,), generator=torch.Generator().manual_seed(0)).tolist()
     seen = []
     for index, length in enumerate(lengths):
         model(**make_batch(1, length, seed=index)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if index in (299, 999):
+        if index + 1 in (3 * count // 10, count):
             gc.collect()
             seen.append((resident_bytes(), arena.locked_bytes, arena.used_bytes))
     (early, locked, _), (late, later_locked, used) = seen
-    assert late - early < 3 << 20
+    assert late - early < 5000 * 7 * count // 10
     assert (later_locked, used) == (locked, 0)
     assert len(set(lengths)) > 64 >= len(model.model.__dict__["_fpdt_plans"])
 
