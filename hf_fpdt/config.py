@@ -42,8 +42,9 @@ class FPDTConfig:
             the GPU has free, less a reserve for the allocator. A step that needs more is an error before it starts.
         optimizer_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Bytes of states that an optimizer which has not stepped yet will put on this process's GPU, at least 0; they are
-            kept free until then. `"auto"` is two states of every trained weight in its dtype, as AdamW has them. Fewer for
-            Adafactor, SGD and optimizers in 8 bits or on the host; more for fp32 states of 16-bit weights.
+            kept free until then. `"auto"` is what Trainer's optimizer has after a step on small weights, and without Trainer
+            two states of every trained weight in its dtype, as AdamW has them: there say fewer for Adafactor, SGD and
+            optimizers in 8 bits or on the host, and more for fp32 states of 16-bit weights.
         host_memory (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Most bytes of host memory that this process locks for offload, on each device, at least 1. `"auto"` takes what
             the machine and the control group of the process can give, less 2 GiB. More is an error before it is touched.

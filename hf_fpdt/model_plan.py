@@ -17,6 +17,7 @@ from .head_exchange import HeadExchange, MeasuredExchange, NoExchange
 from .host_limits import RESERVE_BYTES, available_host_bytes, processes_on_host
 from .memory_model import LossFootprint, ModelFootprint
 from .operations import LossWork
+from .optimizer_states import expected
 from .placement import Limits
 from .run_state import autocast_dtype, preserved_random_state
 from .sequence_layout import SequenceLayout
@@ -151,7 +152,7 @@ def _footprint(
         grads_held=held,
     )
     grads += 0 if footprint.loss is None else footprint.loss.head_grads
-    states = 2 * grads if optimizer == "auto" else optimizer
+    states = int(expected(model) * grads) if optimizer == "auto" else optimizer
     return footprint, (0 if held else grads) + (0 if _has_stepped(model, trainable) else states)
 
 

@@ -1,6 +1,6 @@
 """
-Gives every Trainer of this process the callback `Watch`, without importing Trainer, which takes seconds: at once if somebody
-has imported it, else behind the import.
+Gives every Trainer of this process the callbacks `Watch` and `ExpectsOptimizer`, without importing Trainer, which takes
+seconds: at once if somebody has imported it, else behind the import.
 """
 
 import importlib.util
@@ -13,24 +13,25 @@ _TRAINER = "transformers.trainer"
 
 
 def watch_trainers() -> None:
-    """Trainers that are made from now on have the callback, once; harmless if done before."""
+    """Trainers that are made from now on have the callbacks, once; harmless if done before."""
     trainer = sys.modules.get(_TRAINER)
     if trainer is not None:
-        _add_watch(trainer)
+        _add_callbacks(trainer)
     elif not any(isinstance(finder, _BehindTrainer) for finder in sys.meta_path):
         sys.meta_path.insert(0, _BehindTrainer())
 
 
-def _add_watch(trainer: ModuleType) -> None:
-    from .watch import Watch  # imports transformers' callbacks
+def _add_callbacks(trainer: ModuleType) -> None:
+    from .trainer_optimizer import ExpectsOptimizer  # these import transformers' callbacks
+    from .watch import Watch
 
     callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)  # None while it is being imported
-    if callbacks is not None and Watch not in callbacks:
-        callbacks.append(Watch)
+    if callbacks is not None:
+        callbacks += [one for one in (ExpectsOptimizer, Watch) if one not in callbacks]
 
 
 class _BehindTrainer(MetaPathFinder):
-    """Finds nothing itself: lets the others find Trainer's module, and adds the callback when its code has run."""
+    """Finds nothing itself: lets the others find Trainer's module, and adds the callbacks when its code has run."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         if fullname != _TRAINER:
@@ -43,7 +44,7 @@ class _BehindTrainer(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _add_watch(module)
+            _add_callbacks(module)
 
         spec.loader.exec_module = exec_module
         return spec

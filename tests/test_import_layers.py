@@ -24,6 +24,7 @@ LAYERS = {
     "free_list": 0, "nameless_file": 0, "unchanged": 0, "numa": 0, "global_loss": 0,
     "work": 0, "flops": 0, "timeline": 0, "engines": 0, "head_split": 0, "head_exchange": 1, "group_agreement": 0,
     "host_arena": 1, "group_loss": 1, "input_checks": 1, "step_trace": 1, "kernel_memory": 1, "copy_meter": 1,
+    "optimizer_states": 1, "trainer_optimizer": 2,
     "deferred_logits": 1, "causal_attention": 1, "cuda_kernels": 1, "token_stream": 1, "chunked_loss": 1, "sequence_layout": 1,
     "transfers": 2, "plugin": 2, "kernel_choice": 2, "model_loss": 2, "memory_model": 2, "disk_file": 2, "batch_sharding": 2,
     "shard_checks": 2,
