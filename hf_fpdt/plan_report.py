@@ -22,7 +22,6 @@ _CONFIGS: dict[Engine | None, str] = {  # of accelerate_configs/
     Engine(16, 16, 3): "fpdt_zero3_16gpu_2nodes", Engine(8, 4, 3): "fpdt_zero3_sp4_dp2_8gpu",
     Engine(8, 8, 2): "fpdt_zero2_8gpu",
 }  # fmt: skip
-_OF_THE_MACHINE = ("gpu_memory", "host_memory")
 _CONFIG_OF_STAGE = {3: "fpdt_zero3_2gpu", 2: "fpdt_zero2_8gpu"}  # with other numbers
 
 
@@ -118,7 +117,7 @@ def by_length(model: nn.Module, most: int, config: FPDTConfig, **asked: Any) -> 
 def launch_line(engine: Engine | None, config: FPDTConfig) -> str:
     """The command that trains by the plan; `train.py` stands for a script. What differs from the defaults is in variables."""
     plain = FPDTConfig()
-    chosen = {one.name: getattr(config, one.name) for one in fields(config) if one.name not in _OF_THE_MACHINE}
+    chosen = {one.name: getattr(config, one.name) for one in fields(config) if one.name not in ("gpu_memory", "host_memory")}
     variables = [f"FPDT_{name.upper()}={value}" for name, value in chosen.items() if value != getattr(plain, name)]
     name, more = _CONFIGS.get(engine), []
     if name is None:

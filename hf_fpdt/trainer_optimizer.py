@@ -13,12 +13,12 @@ from .work import works_in
 class ExpectsOptimizer(TrainerCallback):
     """
     Has the plan keep free what the optimizer of this training takes, where `FPDTConfig(optimizer_memory="auto")`. Trainer
-    adds it by itself. Optimizers that an engine has in its place (DeepSpeed) are left alone.
+    adds it by itself. Optimizers that an engine has in its place (DeepSpeed's are none of torch) are left alone.
     """
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
-        found = [] if model is None or args.deepspeed else works_in(model)
+        found = [] if model is None else works_in(model)
         ratio = states_per_byte(inner) if found and _steps_all(inner, model) else None
         for streamed, _ in found:
             expect(streamed, ratio)

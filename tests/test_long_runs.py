@@ -29,7 +29,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("count", [400, pytest.param(1000, marks=pytest.mark.slow)])
 def test_hundreds_of_steps_take_no_more_memory(count):
-    """Of ever other lengths, each planned, with everything in host memory: less than 5 KB a step after the first third."""
+    """Of ever other lengths, each planned, with everything in host memory: at most 4.5 KB a step after the first third."""
     arena = transfers_for(torch.device("cpu")).arena
     model = make_streamed(tiny_llama(), 32, offload="host", kv="streamed", gpu_memory=1 << 40)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -43,7 +43,7 @@ def test_hundreds_of_steps_take_no_more_memory(count):
             gc.collect()
             seen.append((resident_bytes(), arena.locked_bytes, arena.used_bytes))
     (early, locked, _), (late, later_locked, used) = seen
-    assert late - early < 5000 * 7 * count // 10
+    assert late - early < (3 << 20) * count // 1000
     assert (later_locked, used) == (locked, 0)
     assert len(set(lengths)) > 64 >= len(model.model.__dict__["_fpdt_plans"])
 
