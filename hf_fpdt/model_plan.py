@@ -59,7 +59,7 @@ def plan_of_call(
     plans = model.__dict__.setdefault(_PLANS, {})
     trainable = sum(weight.requires_grad for weight in model.parameters())
     key = (config, tuple(tokens.shape[:2]), tokens.device, torch.is_grad_enabled(), model.training, trainable)
-    key += (head is None, autocast_dtype(tokens.device.type), tokens.requires_grad, layout.sp_size)
+    key += (head is None, autocast_dtype(tokens.device.type), tokens.requires_grad, layout.sp_size, expected(model))
     if key not in plans:
         plan = new_plan(model, layers, head, tokens, config, measure, layout, exchange)
         settled = (plan.chunk_size, plan.stream_kv, tuple(placement.keeps for placement in plan.placements))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Adafactor, Trainer, TrainingArguments
 
 import hf_fpdt
-from hf_fpdt.optimizer_states import ADAMW, expected, states_per_byte
+from hf_fpdt.optimizer_states import ADAMW, expect, expected, states_per_byte
 
 PLENTY = 1 << 40
 
@@ -164,6 +164,17 @@ def test_trainers_optimizer_is_kept_free(tmp_path, optim, states):
     model, reserve = trained(tmp_path, optim)
     assert reserve == pytest.approx(1 + states, abs=0.02)
     assert hf_fpdt.plan(model, seq_len=64).limits.reserve < 1.01 * sum(weight.nbytes for weight in model.parameters())
+
+
+def test_a_step_before_trainer_leaves_no_plan_to_it():
+    """The same shape is planned anew when an optimizer is expected."""
+    model = make_streamed(tiny_llama(), 16, gpu_memory=PLENTY)
+    size = sum(weight.nbytes for weight in model.parameters())
+    for ratio, states in ((None, ADAMW), (0.0, 0.0)):
+        expect(model.model, ratio)
+        model(**make_batch(1, 40)).loss.backward()
+        model.zero_grad()
+        assert list(model.model.__dict__["_fpdt_plans"].values())[-1].limits.reserve == (1 + states) * size
 
 
 def test_settings_go_before(tmp_path):
