@@ -5,11 +5,12 @@ import shlex
 
 import pytest
 
-from benchmarks import ballast, shared_step
+from benchmarks import ballast
 from benchmarks.ahead import Outcome
 from benchmarks.paper import ablations, reach, spread
 from benchmarks.result_files import read_calls
 from benchmarks.shapes import model_config
+from benchmarks.shared_point import SharedSpec
 
 K = 1024
 
@@ -49,6 +50,8 @@ def test_the_ends_of_the_search():
         (["--tolerance", "0"], "--tolerance 0"),
         (["--strategies", "sdpa,fpdt", "--host"], "--host with sdpa"),
         (["--confirm", "0"], "--confirm 0"),
+        (["--strategies", "liger", "--gpus", "2"], "got liger; with --gpus 2 some of ulysses"),
+        (["--strategies", "fpdt", "--gpus", "2", "--host"], "--host with --gpus 2"),
     ],
 )
 def test_bad_options(words, text):
@@ -95,6 +98,32 @@ def test_every_try_is_a_row_and_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert read_calls(out)[0]["rows"] == [*rows, last]
 
 
+def test_tries_of_several_gpus_are_launches(tmp_path, monkeypatch):
+    """Beside those of one GPU in the same file, of which none is taken for one of two."""
+    tries = []
+
+    def run(command, seconds):
+        spec = json.loads(command[-1])
+        tries.append((spec["contender"], spec["gpus"], spec["seq_len"], spec["repeats"]))
+        found = {"step_s": 2.0, "first_step_s": 2.0, "peak_gib": 7.0, "host_gib": 0.0, "model_tflops": 1.0, "gpu": "G"}
+        row = found if spec["seq_len"] <= 300_000 else {"out_of_memory": True}
+        return Outcome(0, json.dumps({"row": row}), "", 1.0)
+
+    one = {"strategy": "fpdt", "shape": "llama-3.1-8b", "seq_len": 262144, "host_held": False, "out_of_memory": True}
+    (tmp_path / "one.json").write_text(json.dumps([{"header": {}, "rows": [one]}]))
+    monkeypatch.setattr(reach, "launched", run)
+    words = "reach --gpus 2 --strategies ulysses+liger,fpdt --start 262144 --most 327680 --confirm 2"
+    files = ["--out", str(tmp_path / "two.json"), "--go-on", str(tmp_path / "one.json")]
+    monkeypatch.setattr("sys.argv", [*shlex.split(words), *files])
+    reach.main()
+    lengths = [(262144, 0), (327680, 0), (294912, 0), (311296, 0), (303104, 0), (294912, 1)]
+    assert tries == [(name, 2, *one) for name in ("ulysses+liger", "fpdt") for one in lengths]
+    rows = read_calls(tmp_path / "two.json")[0]["rows"]
+    *_, peers, ours = reach.table([row for row in rows if row is not rows[0]])
+    assert peers == "| ulysses+liger | 2 | 294,912 | 303,104 | 2 | 7.0 | 2.00 s | 0 |"
+    assert ours.startswith("| fpdt | 2 | 294,912 | 303,104 | 2 |")
+
+
 @pytest.mark.parametrize("ending", ["trains", "memory", "late"])
 def test_the_reach_is_confirmed_by_several_steps(tmp_path, monkeypatch, ending):
     """Of a model that holds 300,000 tokens for a step. A confirmation is no try of the search, also when a file goes on."""
@@ -129,19 +158,18 @@ def test_the_reach_is_confirmed_by_several_steps(tmp_path, monkeypatch, ending):
 
 def test_the_commands_of_the_reach():
     jobs = reach.commands()
-    assert spread.makespan(jobs, 4) < 540
+    assert all(spread.makespan([job for job in jobs if job.gpus == gpus], 4) < 540 for gpus in (1, 2))
     (whole,) = reach.commands(host=True)
     host = spread.Host(["0"] * 4, [set()] * 4, 450 << 30)
     share = spread.shares_of([whole, *ablations.commands()], host)
     assert share[whole] == whole.host_gib << 30
     for job in [*jobs, whole]:
-        module, *words = shlex.split(job.command)[2:]
-        if module == "benchmarks.shared_step":
-            assert job.gpus == 2
-            shared_step.specs_of(shared_step._arguments(words))
-            continue
-        args = reach._arguments(words)
+        args = reach._arguments(shlex.split(job.command)[3:])
         spec = reach.spec_of(args.strategies, args, args.start)
+        assert job.gpus == args.gpus
+        if args.gpus > 1:
+            assert isinstance(spec, SharedSpec)
+            continue
         assert (spec.ballast_host_gib > 0) == (job is whole)
         assert spec.ballast_host_gib < (job.host_gib or 1)
 

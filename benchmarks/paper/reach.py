@@ -17,35 +17,42 @@ length on two, for `spread.py`; with `--host` one try that takes most of 512 GiB
 
 What absent layers keep in host memory is held with `--host`, on machines that have it. Without, the reach is that of the GPU,
 and `host_gib_for_all` says what the whole model keeps there. `--go-on reach.json` does not repeat the tries of that file.
+
+With `--gpus 2` every try is a launch as `shared_step.py` makes it, under ZeRO-3, and nothing is held for absent layers.
 """
 
 import argparse
-import json
 import shlex
 import time
 from collections.abc import Callable
 
+from benchmarks import shared_step
 from benchmarks.ahead import run_ahead
 from benchmarks.ballast import kept_bytes
-from benchmarks.paper.expected import TRY_S, job_of, seconds_of
+from benchmarks.launched import launched
+from benchmarks.paper.expected import TRY_S, seconds_of
 from benchmarks.paper.spread import Job
 from benchmarks.point import Spec, command
 from benchmarks.result_files import read_calls, write_rows
 from benchmarks.result_files import table as lines_of
 from benchmarks.shapes import DEPTHS, kv_dim, model_config, query_dim
+from benchmarks.shared_point import SharedSpec
 from benchmarks.train_step import row_of
 
 _OURS = {
     "recompute": True,
     "save_attention": False,
-    "optimizer_memory": 0,
-}  # nothing is kept free for an optimizer, as elsewhere
+    "optimizer_memory": 0,  # nothing is kept free for one, as elsewhere
+}
 STRATEGIES = {  # a contender, and settings of hf_fpdt
     "sdpa": ("sdpa", {}),
     "liger": ("liger", {}),
     "alst": ("alst", {}),
     "chunks": ("fpdt", _OURS | {"offload": "none"}),
     "fpdt": ("fpdt", _OURS | {"offload": "host", "kv": "streamed"}),
+}
+SHARED = {name: (name, {}) for name in ("ulysses", "ulysses+liger", "tensor")} | {  # of several GPUs
+    "fpdt": ("fpdt", STRATEGIES["fpdt"][1] | {"save_attention": True})  # a try is a call's ten minutes long as it is
 }
 _STEP = 1024  # tokens; every length is a multiple
 _REFUSED_S = 27  # of a try that is out of memory
@@ -64,11 +71,11 @@ def main():
 
         def fits(seq_len: int, steps: int = 1, name: str = name) -> bool | None:
             this = {"strategy": name, "shape": args.shape, "seq_len": seq_len, "host_held": args.host}
-            this |= {"steps": steps} if steps > 1 else {}
+            this |= ({"steps": steps} if steps > 1 else {}) | ({"gpus": args.gpus} if args.gpus > 1 else {})
             known = next((row for row in rows if _same_try(row, this)), None)
             if known is None:
-                left = args.time_limit is None or time.monotonic() - started < args.time_limit
-                known = this | _tried(spec_of(name, args, seq_len, steps), left, args.time_limit)
+                in_time = args.time_limit is None or time.monotonic() - started < args.time_limit
+                known = this | _tried(spec_of(name, args, seq_len, steps), in_time, args.time_limit)
                 rows.append(known)
                 print(lines_of([known])[0], flush=True)
                 write_rows("paper.reach", args.out, rows)
@@ -86,7 +93,9 @@ def main():
 
 def _arguments(words: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategies", default="sdpa,liger,chunks,fpdt", help=f"of {', '.join(STRATEGIES)}")
+    several = f"of {', '.join(STRATEGIES)}; on several GPUs {', '.join(SHARED)}"
+    parser.add_argument("--strategies", default="sdpa,liger,chunks,fpdt", help=several)
+    parser.add_argument("--gpus", type=int, default=1, help="that share a sequence")
     parser.add_argument("--shape", default="llama-3.1-8b", help=f"of {', '.join(DEPTHS)}")
     parser.add_argument("--start", type=int, default=131072, metavar="TOKENS", help="the first length")
     parser.add_argument("--most", type=int, default=4194304, metavar="TOKENS", help="no longer length is tried")
@@ -100,8 +109,10 @@ def _arguments(words: list[str] | None = None):
     args = parser.parse_args(words)
     if args.commands:
         return args
-    if unknown := [name for name in args.strategies.split(",") if name not in STRATEGIES]:
-        raise ValueError(f"--strategies: got {', '.join(unknown)}; some of {', '.join(STRATEGIES)} are needed.")
+    known = _strategies(args)
+    if unknown := [name for name in args.strategies.split(",") if name not in known]:
+        some = f"with --gpus {args.gpus} some of {', '.join(known)} are needed."
+        raise ValueError(f"--strategies: got {', '.join(unknown)}; {some}")
     if args.shape not in DEPTHS:
         raise ValueError(f"--shape {args.shape}: a model whose depth is known is needed, one of {', '.join(DEPTHS)}.")
     if not (_STEP <= args.start <= args.most and 0 < args.tolerance < 1):
@@ -111,6 +122,8 @@ def _arguments(words: list[str] | None = None):
         )
     if args.confirm < 1:
         raise ValueError(f"--confirm {args.confirm}: one step, that of the search, is the least.")
+    if args.host and args.gpus > 1:
+        raise ValueError(f"--host with --gpus {args.gpus}: nothing is held for absent layers where GPUs share a sequence.")
     if args.host and (others := [name for name in args.strategies.split(",") if name != "fpdt"]):
         raise ValueError(f"--host with {', '.join(others)}: only the strategy fpdt moves tensors to host memory of its own.")
     return args
@@ -123,7 +136,7 @@ def commands(host: bool = False) -> list[Job]:
 
     Args:
         host: one try of 1,048,576 tokens with all that the whole model keeps on the host, which takes most of 512 GiB; else the
-            searches, and a fixed length on two GPUs.
+            searches, and on two GPUs of hf_fpdt the length that fits ten minutes.
     """
     if host:
         words = f"--strategies fpdt --host --start {1 << 20} --most {1 << 20} --out reach_fpdt_host.json".split()
@@ -133,46 +146,44 @@ def commands(host: bool = False) -> list[Job]:
         _job(["--strategies", name, "--start", str(start), "--confirm", "3", "--out", f"reach_{name}.json"], name, (start,) * 4)
         for name, start in (("sdpa", 16384), ("liger", 98304), ("alst", 229376), ("chunks", 98304))
     ]
-    words = ["--strategies", "fpdt", "--start", "1572864", "--most", "1835008", "--out", "reach_fpdt.json"]
-    found.append(_job(words, "fpdt", (1572864, 1638400)))
-    settings = json.dumps({"offload": "host", "recompute": True, "kv": "streamed"}, separators=(",", ":"))
-    words = [
-        "--contenders",
-        "fpdt",
-        "--gpus",
-        "2",
-        "--layers",
-        "1",
-        "--repeats",
-        "0",
-        "--seq-lens",
-        "3145728",
-        "--time-limit",
-        "560",
-    ]
-    return [*found, job_of("shared_step", [*words, "--fpdt", settings, "--out", "reach_2gpus.json"])]
+    for name, start, most, more, lengths in (
+        ("fpdt", 1900544, 1966080, [], (1900544,)),
+        ("ulysses+liger", 688128, 1048576, ["--gpus", "2"], (688128,) * 4),
+        ("fpdt", 3145728, 3145728, ["--gpus", "2"], (3145728,)),
+    ):
+        words = ["--strategies", name, "--start", str(start), "--most", str(most), *more, "--out"]
+        found.append(_job([*words, f"reach_{name}{'_2gpus' if more else ''}.json"], name, lengths))
+    return found
 
 
 def _job(words: list[str], name: str, lengths: tuple[int, ...], host_gib: int | None = None) -> Job:
     command = shlex.join(["python", "-m", "benchmarks.paper.reach", "--time-limit", "420", *words])
-    return Job(command, _seconds(words, name, lengths), host_gib=host_gib)
+    return Job(command, _seconds(words, name, lengths), gpus=_arguments(words).gpus, host_gib=host_gib)
 
 
 def _seconds(words: list[str], name: str, lengths: tuple[int, ...]) -> int:
-    """Of tries of these lengths, and of the confirmation if there is one; two more tries are refused."""
+    """Of tries of these lengths, and of the confirmation if there is one; two more tries are refused, unless one is all."""
     args = _arguments(words)
     tries = [spec_of(name, args, seq_len) for seq_len in lengths]
     tries += [spec_of(name, args, lengths[-1], args.confirm)] if args.confirm > 1 else []
-    return round(2 * _REFUSED_S + sum(TRY_S + seconds_of(spec, gpu_gib=1e9) for spec in tries))
+    refused = 0 if args.start == args.most else 2
+    return round(refused * _REFUSED_S + sum(TRY_S + seconds_of(spec, gpu_gib=1e9) for spec in tries))
+
+
+def _strategies(args) -> dict:
+    return STRATEGIES if args.gpus == 1 else SHARED
 
 
 def _same_try(row: dict, wanted: dict) -> bool:
     return row.get("steps", 1) == wanted.get("steps", 1) and all(row.get(key) == value for key, value in wanted.items())
 
 
-def spec_of(name: str, args, seq_len: int, steps: int = 1) -> Spec:
-    """One try: one layer runs, the rest of the depth is held."""
-    contender, settings = STRATEGIES[name]
+def spec_of(name: str, args, seq_len: int, steps: int = 1) -> Spec | SharedSpec:
+    """One try: one layer runs, and on one GPU the rest of the depth is held."""
+    contender, settings = _strategies(args)[name]
+    if args.gpus > 1:
+        more = {"fpdt": settings, "shape": args.shape, "layers": 1, "repeats": steps - 1}
+        return SharedSpec(contender=contender, gpus=args.gpus, seq_len=seq_len, **more)
     absent = DEPTHS[args.shape] - 1
     host = absent * _host_bytes(args.shape, settings) * seq_len / 2**30 if args.host else 0.0
     return Spec(
@@ -197,8 +208,11 @@ def _host_bytes(shape: str, settings: dict) -> int:
     return 2 * config.hidden_size + 4 * kv_dim(config) + saved
 
 
-def _tried(spec: Spec, in_time: bool, time_limit: float | None) -> dict:
-    (outcome,) = run_ahead([command(spec)], lambda: in_time)
+def _tried(spec: Spec | SharedSpec, in_time: bool, time_limit: float | None) -> dict:
+    if isinstance(spec, SharedSpec):
+        outcome = launched(shared_step.command(spec), None) if in_time else None
+    else:
+        (outcome,) = run_ahead([command(spec)], lambda: in_time)
     return row_of(spec, outcome, time_limit)
 
 
@@ -234,27 +248,29 @@ def table(rows: list[dict]) -> list[str]:
     In Markdown, by the tries: the longest length of each strategy that ran, the shortest that did not, the steps of the longest
     run of the former, and its seconds, of the first step where that was all.
     """
-    heads = ("strategy", "longest", "out of memory at", "steps there", "peak GiB", "step", "host GiB, all layers")
+    heads = ("strategy", "GPUs", "longest", "out of memory at", "steps there", "peak GiB", "step", "host GiB, all layers")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in dict.fromkeys(row["strategy"] for row in rows):
-        tries = [row for row in rows if row["strategy"] == name and "reached" not in row]
-        length = max(row["seq_len"] for row in tries if verdict(row))
-        at = [row for row in tries if verdict(row) and row["seq_len"] == length]
+    for name, gpus in dict.fromkeys((row["strategy"], row.get("gpus", 1)) for row in rows):
+        own = [row for row in rows if (row["strategy"], row.get("gpus", 1)) == (name, gpus) and "reached" not in row]
+        length = max(row["seq_len"] for row in own if verdict(row))
+        at = [row for row in own if verdict(row) and row["seq_len"] == length]
         best = max(at, key=lambda row: row.get("steps", 1))
-        refused = [row["seq_len"] for row in tries if verdict(row) is False and row["seq_len"] > length]
-        host = DEPTHS[best["shape"]] * _host_bytes(best["shape"], STRATEGIES[name][1]) * length / 2**30
+        refused = [row["seq_len"] for row in own if verdict(row) is False and row["seq_len"] > length]
+        host = DEPTHS[best["shape"]] * _host_bytes(best["shape"], best.get("fpdt", {})) * length / 2**30
         steps, first = best.get("steps", 1), ", the first" if best.get("steps", 1) == 1 else ""
         cells = f"{length:,} | {min(refused):,} | {steps}" if refused else f"{length:,} | | {steps}"
-        lines.append(f"| {name} | {cells} | {best['peak_gib']:.1f} | {best['step_s']:.2f} s{first} | {host:.0f} |")
+        lines.append(f"| {name} | {gpus} | {cells} | {best['peak_gib']:.1f} | {best['step_s']:.2f} s{first} | {host:.0f} |")
     return lines
 
 
 def reached(name: str, args, longest: int, shortest: int | None) -> dict:
     """The last row of a strategy."""
-    contender, settings = STRATEGIES[name]
+    contender, settings = _strategies(args)[name]
     host = DEPTHS[args.shape] * _host_bytes(args.shape, settings) * longest / 2**30
-    kept = kept_bytes(model_config(args.shape, 1), contender, settings)
     row = {"strategy": name, "contender": contender, "shape": args.shape, "reached": longest, "out_of_memory_at": shortest}
+    if args.gpus > 1:
+        return row | {"gpus": args.gpus, "host_gib_for_all": host, "fpdt": settings}
+    kept = kept_bytes(model_config(args.shape, 1), contender, settings)
     return row | {"kept_bytes_a_token_and_layer": kept, "host_gib_for_all": host, "fpdt": settings}
 
 
