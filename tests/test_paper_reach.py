@@ -100,7 +100,7 @@ def test_every_try_is_a_row_and_is_not_repeated(tmp_path, monkeypatch, capsys):
 
 def test_tries_of_several_gpus_are_launches(tmp_path, monkeypatch):
     """Beside those of one GPU in the same file, of which none is taken for one of two."""
-    tries = []
+    tries, ours_alone = [], reach.STRATEGIES["fpdt"][1]
 
     def run(command, seconds):
         spec = json.loads(command[-1])
@@ -109,7 +109,14 @@ def test_tries_of_several_gpus_are_launches(tmp_path, monkeypatch):
         row = found if spec["seq_len"] <= 300_000 else {"out_of_memory": True}
         return Outcome(0, json.dumps({"row": row}), "", 1.0)
 
-    one = {"strategy": "fpdt", "shape": "llama-3.1-8b", "seq_len": 262144, "host_held": False, "out_of_memory": True}
+    one = {
+        "strategy": "fpdt",
+        "shape": "llama-3.1-8b",
+        "seq_len": 262144,
+        "host_held": False,
+        "fpdt": ours_alone,
+        "out_of_memory": True,
+    }
     (tmp_path / "one.json").write_text(json.dumps([{"header": {}, "rows": [one]}]))
     monkeypatch.setattr(reach, "launched", run)
     words = "reach --gpus 2 --strategies ulysses+liger,fpdt --start 262144 --most 327680 --confirm 2"
@@ -126,14 +133,17 @@ def test_tries_of_several_gpus_are_launches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["trains", "memory", "late"])
 def test_the_reach_is_confirmed_by_several_steps(tmp_path, monkeypatch, ending):
-    """Of a model that holds 300,000 tokens for a step. A confirmation is no try of the search, also when a file goes on."""
+    """
+    Of a model that holds 300,000 tokens for a step, and without memory 270,000 for several: shorter lengths follow. A
+    confirmation is no try of the search, also when a file goes on.
+    """
     seen = []
 
     def run(commands, may_go):
         spec = json.loads(commands[0][-1])
         seen.append((spec["seq_len"], spec["repeats"]))
         row = {"step_s": 1.0, "first_step_s": 1.0, "host_gib": 0.0, "model_tflops": 1.0, "gpu": "G"}
-        if spec["seq_len"] > 300_000 or (spec["repeats"] and ending == "memory"):
+        if spec["seq_len"] > (270_000 if spec["repeats"] and ending == "memory" else 300_000):
             row = {"out_of_memory": True}
         return [None if spec["repeats"] and ending == "late" else Outcome(0, json.dumps({"row": row}), "", 1.0)]
 
@@ -143,11 +153,16 @@ def test_the_reach_is_confirmed_by_several_steps(tmp_path, monkeypatch, ending):
     monkeypatch.setattr("sys.argv", words)
     reach.main()
     *_, tried, last = read_calls(out)[0]["rows"]
-    assert seen[-1] == (last["reached"], 2)
-    assert [repeats for _, repeats in seen[:-1]] == [0] * (len(seen) - 1)
+    lengths = [seq_len for seq_len, repeats in seen if repeats]
+    assert seen[-len(lengths) :] == [(length, 2) for length in lengths], "after the search"
+    assert lengths[-1] == last["reached"]
     assert tried["steps"] == 3
-    assert last.get("confirmed_steps") == {"trains": 3, "memory": 0, "late": None}[ending]
-    assert last["out_of_memory_at"] > 300_000
+    assert last.get("confirmed_steps") == (None if ending == "late" else 3)
+    if ending == "memory":
+        assert len(lengths) > 1
+        assert 270_000 / 1.06 < last["reached"] <= 270_000 < last["out_of_memory_at"] == lengths[-2]
+    else:
+        assert (len(lengths), last["out_of_memory_at"] > 300_000) == (1, True)
     if ending == "trains":
         count = len(seen)
         monkeypatch.setattr("sys.argv", [*words, "--go-on", str(out)])

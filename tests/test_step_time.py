@@ -35,7 +35,7 @@ SLOW = Rates(
 # ZeRO-3, on one, two and four GPUs
 SHARED = (
     "shared_2xh200_2026-11-23.json", "paper/zero3_memory_2xh100_2026-11-27.json", "paper/efficiency_2xh100_2026-11-27.json",
-    "scale_4xh100_2026-11-27.json", "scale_2xh100_2026-11-27.json",
+    "scale_4xh100_2026-11-27.json", "scale_2xh100_2026-11-27.json", "scale_1xh100_2026-11-27.json",
 )  # fmt: skip
 
 
@@ -81,7 +81,8 @@ def test_steps_of_several_gpus(row):
     chunks = {"chunk_size": (32768 if "H200" in row["gpu"] else 16384) * row["gpus"]}
     settings = FPDTConfig(**(chunks | row["fpdt"]), gpu_memory=131 * GIB, host_memory=200 * GIB)
     fused = row["contender"] == "fpdt+liger"
-    found = plan(model, seq_len=row["seq_len"], config=settings, rates=row["gpu"], fused=fused, gpus=row["gpus"], zero=3)
+    several = {"gpus": row["gpus"], "zero": 3, "sp_size": row.get("sp")}
+    found = plan(model, seq_len=row["seq_len"], config=settings, rates=row["gpu"], fused=fused, **several)
     assert found.time.total == pytest.approx(row["step_s"], rel=0.10)
     if not fused:  # whose memory a model on the meta device cannot show; and the optimizer there had no states
         states = 8 * sum(weight.numel() for weight in model.parameters()) / row["gpus"]

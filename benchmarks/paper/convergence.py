@@ -129,8 +129,12 @@ def write(out: str, rows: list[dict], found: list[dict]) -> None:
 
 
 def in_order(rows: list[dict]) -> list[dict]:
+    """By family and run; of one that was begun again, the longest."""
+    longest: dict[tuple[str, str], dict] = {}
+    for row in sorted(rows, key=lambda row: len(row.get("losses", []))):
+        longest[row["family"], row["run"]] = row
     names = [run.name for run in RUNS.values()]
-    return sorted(rows, key=lambda row: (list(FAMILIES).index(row["family"]), names.index(row["run"])))
+    return sorted(longest.values(), key=lambda row: (list(FAMILIES).index(row["family"]), names.index(row["run"])))
 
 
 def verdicts(rows: list[dict]) -> list[dict]:

@@ -56,10 +56,8 @@ def commands(short: bool = False) -> list[Job]:
             if shape in _LONGEST:
                 found.append(_one_gpu(shape, "fpdt", "2097152", 1, 0, f"{shape}_longest.json", STREAMED))
     if short:
-        found += [
-            _one_gpu("llama-3.1-8b", "fpdt", "524288", 1, 0, "chunks_long.json", CHUNKS),
-            _one_gpu("llama-3.1-8b", "fpdt", "1048576", 1, 0, "streamed_long.json", STREAMED),
-        ]
+        saved = STREAMED | {"save_attention": True}
+        found.append(_one_gpu("llama-3.1-8b", "fpdt", "1048576", 1, 1, "streamed_long.json", saved))
         return found + [_two_gpus(name, "65536,262144", 2, f"shared_{name}.json") for name in _SHARED]
     found += [_two_gpus(name, "65536,131072,262144", 4, f"shared_{name}.json") for name in _SHARED]
     return found + [_two_gpus(name, "524288", 2, f"shared_{name}_long.json") for name in _SHARED]

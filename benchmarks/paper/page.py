@@ -85,15 +85,17 @@ def _shares() -> list[str]:
 
 
 def _scale_rows() -> list[dict]:
-    rows = [row for call in _calls("scale_4xh100", "scale_2xh100", folder=".") for row in call["rows"] if "step_s" in row]
-    return sorted(rows, key=lambda row: (row["shape"], -row["layers"], -row["gpus"], row["seq_len"]))
+    names = [f"scale_{gpus}xh100" for gpus in (4, 2, 1)]
+    rows = [row for call in _calls(*names, folder=".") for row in call["rows"] if "step_s" in row]
+    return sorted(rows, key=lambda row: (row["shape"], -row["layers"], -row["gpus"], row["dp"], row["seq_len"]))
 
 
 def _scale() -> list[str]:
     heads = ("shape", "layers", "tokens", "GPUs", "step", "tokens/s a GPU", "causal MFU", "GPU", "host a GPU", "all layers")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in _scale_rows():
-        start = f"| {row['shape']} | {row['layers']} of {row['depth']} | {row['seq_len']:,} | {row['gpus']} |"
+        gpus = row["gpus"] if row["dp"] == 1 else f"{row['dp']} x {row['sp']}"
+        start = f"| {row['shape']} | {row['layers']} of {row['depth']} | {row['seq_len']:,} | {gpus} |"
         memory = f"{row['peak_gib']:.1f} GiB | {row['host_gib']:.1f} GiB"
         speed = f"{row['step_s']:.2f} s | {row['tokens_per_s_per_gpu']:,.0f} | {row['causal_mfu']:.1%}"
         whole = row["whole_model"]
@@ -118,7 +120,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ablations": lambda: ablations.table(ablations.lines_of(_calls("ablations_h100"))),
     "anatomy": _anatomy,
     "shares": _shares,
-    "reach": lambda: reach.table(_rows("reach_h100")),
+    "reach": lambda: reach.table(_rows("reach_h100", "reach_2xh100")),
     "scale": _scale,
     "hidden": _hidden,
 }

@@ -11,9 +11,9 @@ doubled or halved from `--start` until one fits and one does not, then the gap i
 GPU or the host, ends a length; a try that fails otherwise, or comes too late, ends the strategy. Every try is a row, and a last
 row of each strategy says what it reached: the longest that ran, and the shortest that did not (none: all up to `--most` ran).
 
-With `--confirm 3` the length that was reached runs once more, three steps in one process, all with a finite loss; the last row
-says how many there were (0: it does not train on). `--commands` prints what measures the reach of an H100 of 80 GB, and a fixed
-length on two, for `spread.py`; with `--host` one try that takes most of 512 GiB of host memory.
+With `--confirm 3` the length that was reached runs once more, three steps in one process, all with a finite loss; where it runs
+out of memory in them, lengths shorter by the tolerance follow until one trains. `--commands` prints what measures the reach of
+an H100 of 80 GB, and of two; with `--host` one try that takes most of 512 GiB of host memory.
 
 What absent layers keep in host memory is held with `--host`, on machines that have it. Without, the reach is that of the GPU,
 and `host_gib_for_all` says what the whole model keeps there. `--go-on reach.json` does not repeat the tries of that file.
@@ -52,7 +52,7 @@ STRATEGIES = {  # a contender, and settings of hf_fpdt
     "fpdt": ("fpdt", _OURS | {"offload": "host", "kv": "streamed"}),
 }
 SHARED = {name: (name, {}) for name in ("ulysses", "ulysses+liger", "tensor")} | {  # of several GPUs
-    "fpdt": ("fpdt", STRATEGIES["fpdt"][1] | {"save_attention": True})  # a try is a call's ten minutes long as it is
+    "fpdt": ("fpdt", {"recompute": True, "save_attention": True, "offload": "host", "kv": "streamed"})
 }
 _STEP = 1024  # tokens; every length is a multiple
 _REFUSED_S = 27  # of a try that is out of memory
@@ -72,7 +72,7 @@ def main():
         def fits(seq_len: int, steps: int = 1, name: str = name) -> bool | None:
             this = {"strategy": name, "shape": args.shape, "seq_len": seq_len, "host_held": args.host}
             this |= ({"steps": steps} if steps > 1 else {}) | ({"gpus": args.gpus} if args.gpus > 1 else {})
-            known = next((row for row in rows if _same_try(row, this)), None)
+            known = next((row for row in rows if _same_try(row, this, _strategies(args)[name][1])), None)
             if known is None:
                 in_time = args.time_limit is None or time.monotonic() - started < args.time_limit
                 known = this | _tried(spec_of(name, args, seq_len, steps), in_time, args.time_limit)
@@ -83,10 +83,9 @@ def main():
 
         longest, shortest = search(fits, args.start, args.most, args.tolerance)
         confirmed = None
-        if args.confirm > 1 and longest:
-            answer = fits(longest, args.confirm)
-            confirmed = {} if answer is None else {"confirmed_steps": args.confirm if answer else 0}
-        rows.append(reached(name, args, longest, shortest) | (confirmed or {}))
+        while args.confirm > 1 and longest and (confirmed := fits(longest, args.confirm)) is False:
+            longest, shortest = int(longest / (1 + args.tolerance)) // _STEP * _STEP, longest
+        rows.append(reached(name, args, longest, shortest) | ({"confirmed_steps": args.confirm} if confirmed else {}))
         print(f"{name}: reached {longest:,} tokens, not {shortest if shortest is None else format(shortest, ',')}", flush=True)
         write_rows("paper.reach", args.out, rows)
 
@@ -147,7 +146,7 @@ def commands(host: bool = False) -> list[Job]:
         for name, start in (("sdpa", 16384), ("liger", 98304), ("alst", 229376), ("chunks", 98304))
     ]
     for name, start, most, more, lengths in (
-        ("fpdt", 1900544, 1966080, [], (1900544,)),
+        ("fpdt", 1810432, 1900544, [], (1810432,)),
         ("ulysses+liger", 688128, 1048576, ["--gpus", "2"], (688128,) * 4),
         ("fpdt", 3145728, 3145728, ["--gpus", "2"], (3145728,)),
     ):
@@ -174,8 +173,10 @@ def _strategies(args) -> dict:
     return STRATEGIES if args.gpus == 1 else SHARED
 
 
-def _same_try(row: dict, wanted: dict) -> bool:
-    return row.get("steps", 1) == wanted.get("steps", 1) and all(row.get(key) == value for key, value in wanted.items())
+def _same_try(row: dict, wanted: dict, settings: dict) -> bool:
+    """Of as many steps and, of hf_fpdt, with the same settings."""
+    same = all(row.get(key, default) == wanted.get(key, default) for key, default in (("steps", 1), ("gpus", 1)))
+    return same and row.get("fpdt", settings) == settings and all(row.get(key) == value for key, value in wanted.items())
 
 
 def spec_of(name: str, args, seq_len: int, steps: int = 1) -> Spec | SharedSpec:
@@ -245,21 +246,22 @@ def search(fits: Callable[[int], bool | None], start: int, most: int, tolerance:
 
 def table(rows: list[dict]) -> list[str]:
     """
-    In Markdown, by the tries: the longest length of each strategy that ran, the shortest that did not, the steps of the longest
-    run of the former, and its seconds, of the first step where that was all.
+    In Markdown, by the tries: the longest length of each strategy that ran most steps, the shortest with the same settings that
+    had no memory, and seconds, of the first step where that was all. "1, not 3" steps: it had no memory for three.
     """
     heads = ("strategy", "GPUs", "longest", "out of memory at", "steps there", "peak GiB", "step", "host GiB, all layers")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, gpus in dict.fromkeys((row["strategy"], row.get("gpus", 1)) for row in rows):
         own = [row for row in rows if (row["strategy"], row.get("gpus", 1)) == (name, gpus) and "reached" not in row]
-        length = max(row["seq_len"] for row in own if verdict(row))
-        at = [row for row in own if verdict(row) and row["seq_len"] == length]
-        best = max(at, key=lambda row: row.get("steps", 1))
-        refused = [row["seq_len"] for row in own if verdict(row) is False and row["seq_len"] > length]
+        best = max(filter(verdict, own), key=lambda row: (row.get("steps", 1), row["seq_len"]))
+        length, steps = best["seq_len"], best.get("steps", 1)
+        refused = [row for row in own if verdict(row) is False and row.get("fpdt") == best.get("fpdt")]
+        longer = min((row["seq_len"] for row in refused if row["seq_len"] > length), default=None)
+        more = min((row["steps"] for row in refused if row["seq_len"] == length), default=None)
         host = DEPTHS[best["shape"]] * _host_bytes(best["shape"], best.get("fpdt", {})) * length / 2**30
-        steps, first = best.get("steps", 1), ", the first" if best.get("steps", 1) == 1 else ""
-        cells = f"{length:,} | {min(refused):,} | {steps}" if refused else f"{length:,} | | {steps}"
-        lines.append(f"| {name} | {gpus} | {cells} | {best['peak_gib']:.1f} | {best['step_s']:.2f} s{first} | {host:.0f} |")
+        cells = f"{length:,} | {'' if longer is None else format(longer, ',')} | {steps}{f', not {more}' if more else ''}"
+        time_s = f"{best['step_s']:.2f} s{', the first' if steps == 1 else ''}"
+        lines.append(f"| {name} | {gpus} | {cells} | {best['peak_gib']:.1f} | {time_s} | {host:.0f} |")
     return lines
 
 

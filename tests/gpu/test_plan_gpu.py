@@ -124,7 +124,7 @@ def test_trainers_optimizer_is_kept_free(tmp_path, optim):
     handle.remove()
     optimizer = trainer.optimizer.optimizer
     taken = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    assert -0.001 * size <= kept[0] - taken <= 0.02 * size, "from above, of matrices whose states are factored"
+    assert -0.001 * size <= kept[0] - taken <= 0.04 * size, "from above where states are factored: of 128 x 128"
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
     assert states_per_byte(optimizer) == pytest.approx(kept[0] / size)
