@@ -57,9 +57,11 @@ class Rates:
     link: float | None = None
 
     def attention_of(self, head_dim: int) -> AttentionRates:
-        """Of the next larger head size that was measured, else the largest."""
+        """Those of the next larger head size that was measured, in the time that a kernel takes for it; else of the largest."""
         sizes = sorted(self.attention)
-        return self.attention[next((size for size in sizes if size >= head_dim), sizes[-1])]
+        size = next((size for size in sizes if size >= head_dim), sizes[-1])
+        share = min(head_dim / size, 1.0)
+        return AttentionRates(**{name: share * rate for name, rate in vars(self.attention[size]).items()})
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
