@@ -10,7 +10,8 @@ natural logarithm. `heads` is a multiple of `kv_heads` (GQA); query head `h` rea
 uses them only through `p = exp(score - lse)` and `delta = rowsum(grad_out * out)`, so the sum over blocks of keys is exact.
 
 `causal=True` means the last query is aligned with the last key. A kernel that aligns the first ones instead says so
-(`aligns_last = False`) and is only ever called with as many queries as keys. No kernel is called with a row that sees no key.
+(`aligns_last = False`) and is only ever called with as many queries as keys. No kernel is called with a row that sees no key,
+and none with head sizes other than those that its `padded` gives: `filled` puts zeros in, which change no score and no output.
 What else a rule asks for, a kernel has (`features`) or is not called with. A window goes with `causal=True`.
 """
 
@@ -56,6 +57,13 @@ class AttentionKernel:
     aligns_last: bool
     device_type: str | None = None  # the only one it runs on
     features: frozenset[str] = frozenset()  # of `ScoreRule.features`
+    head_multiple: int = 1  # of head sizes
+    distinct_value_dim: bool = False
+
+    def padded(self, head_dim: int, value_dim: int) -> tuple[int, int]:
+        """The head sizes as which this kernel runs such heads: no smaller."""
+        sizes = [-(-size // self.head_multiple) * self.head_multiple for size in (head_dim, value_dim)]
+        return (sizes[0], sizes[1]) if self.distinct_value_dim else (max(sizes), max(sizes))
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
         """Why this kernel cannot run such tensors, in words that fit after "kernel ... ", or None if it can."""
@@ -75,6 +83,7 @@ class NaiveKernel(AttentionKernel):
 
     name = "naive"
     aligns_last = True
+    distinct_value_dim = True
     features = frozenset(("softcap", "window"))
     max_scores = 1 << 26  # elements of the score block held at a time
 
@@ -140,8 +149,6 @@ class TorchCpuKernel(AttentionKernel):
     def why_not(self, device, dtype, head_dim, value_dim):
         if device.type != "cpu":
             return f"runs on the CPU only, and the tensors are on {device.type}"
-        if value_dim != head_dim:
-            return f"needs value_dim == head_dim, and the model has value_dim {value_dim} and head_dim {head_dim}"
         return None
 
     def forward(self, query, key, value, rule, *, causal):
@@ -164,6 +171,12 @@ class TorchCpuKernel(AttentionKernel):
             groups = query.shape[2] // key.shape[2]
             return key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         return key, value
+
+
+def filled(tensor: Tensor, size: int) -> Tensor:
+    """`[..., dim] -> [..., size]`, with zeros behind; the same tensor if it has that size."""
+    missing = size - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

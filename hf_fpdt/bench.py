@@ -21,7 +21,7 @@ from .kernel_choice import choose_kernel
 from .link_rate import rate_between
 from .rates import AttentionRates, Rates
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 96, 128, 256)
 _HEADS, _KV_HEADS = 32, 8
 _PACKAGES = ("torch", "flash-attn", "flash-attn-4")
 _OPERATIONS = 500  # of the chain that tells what an operation takes at least
@@ -50,7 +50,7 @@ def measure_rates(device: torch.device, seconds: float = 1.0) -> Rates:
 
     Args:
         device: a GPU with 8 GiB free, or the CPU, where the sizes are small and the copies are those of memory.
-        seconds: of every kind of work; there are 17 kinds.
+        seconds: of every kind of work; there are 21 kinds.
     """
     sizes, timer = _SIZES[device.type], _Timer(device, seconds)
     attention, kernels = {}, {}

@@ -1,12 +1,14 @@
 """
 What depends on the engine that trains: DeepSpeed's ZeRO stages, FSDP2, DDP. The only importer of DeepSpeed.
 
-One function owns the factor that gradients need, one makes the process groups, one keeps ZeRO-3 from gathering per chunk.
+One function owns the factor that gradients need, one makes the process groups, one keeps ZeRO-3 from gathering per chunk, one
+from losing biases.
 """
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +17,9 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
-_HOOK = "_fpdt_gradient_hook"
+_HOOK, _WHOLE = "_fpdt_gradient_hook", "_fpdt_whole_biases"
 _SHARING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -124,7 +126,8 @@ def sequence_parallel_groups(sp_size: int) -> ModuleType:
 def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """
     Makes ZeRO-3 gather the weights of each of these layers once a pass, however often the layer runs in it, if this process may
-    get it: it was started for DeepSpeed, or has imported it. To be called before `deepspeed.initialize`.
+    get it: it was started for DeepSpeed, or has imported it. To be called before `deepspeed.initialize`. DeepSpeed's linear
+    layer then adds biases before it rounds, in the whole process.
     """
     if sys.modules.get("deepspeed") is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
@@ -135,6 +138,35 @@ def gather_whole_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         if _HOOK not in layer.__dict__:
             layer.__dict__[_HOOK] = layer.register_forward_pre_hook(_with_gradient)
     set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda one: one.__name__))
+    _keep_biases_whole()
+
+
+def _keep_biases_whole() -> None:
+    """
+    Under ZeRO-3 DeepSpeed puts a linear layer in the place of torch's that keeps no gathered weights. It adds a bias to a
+    product that was rounded already, to bfloat16 for example, and what is small beside that is lost; but not for inputs of two
+    dimensions, which it gives to `torch.addmm`. So it gets all of them like that.
+    """
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    linear = getattr(zero, "zero3_linear_wrap", None)
+    if linear is None or hasattr(linear, _WHOLE):
+        return
+    zero.zero3_linear_wrap = _of_two_dimensions(linear)
+    if nn.functional.linear is linear:  # weights were sharded before, as by `from_pretrained`
+        nn.functional.linear = zero.zero3_linear_wrap
+
+
+def _of_two_dimensions(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(linear)
+    def whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None or input.dim() == 2:
+            return linear(input, weight, bias)
+        out = linear(input.reshape(-1, input.shape[-1]), weight, bias)
+        return out.reshape(*input.shape[:-1], out.shape[-1])
+
+    setattr(whole, _WHOLE, True)
+    return whole
 
 
 def gather_parts_of_layers(layers: Iterable[nn.Module]) -> None:

@@ -47,7 +47,8 @@ def choose_kernel(
     features: frozenset[str] = frozenset(),
 ) -> AttentionKernel:
     """
-    The kernel called `name`, or for `"auto"` the fastest that supports such tensors and agrees with the definition.
+    The kernel called `name`, or for `"auto"` the fastest that supports such tensors and agrees with the definition. It is to be
+    called with heads of the sizes that its `padded` makes of these.
 
     Args:
         features: those of a `ScoreRule`.
@@ -59,18 +60,20 @@ def choose_kernel(
     if device.type == "meta":  # to plan for another machine: nothing runs
         return KERNELS[next(iter(KERNELS)) if name == "auto" else name]
     candidates = KERNELS.values() if name == "auto" else (KERNELS[name],)
-    sizes, reasons = (device, dtype, head_dim, value_dim), []
+    tensors, reasons = (device, dtype, head_dim, value_dim, features), []
     for kernel in candidates:
-        reason = _why_not(kernel, *sizes, features) or _probe(kernel, *sizes, features)
+        reason = _why_not(kernel, *tensors) or _probe(kernel, *tensors)
         if reason is None:
             passed_over = "".join(f"; {text}" for other, text in reasons if other.device_type in (None, device.type))
-            kind = ", ".join([str(dtype).removeprefix("torch."), f"head_dim {head_dim}", *sorted(features)])
+            sizes = kernel.padded(head_dim, value_dim)
+            dim = f"head_dim {head_dim}{'' if sizes == (head_dim, value_dim) else f' run as {sizes[0]}'}"
+            kind = ", ".join([str(dtype).removeprefix("torch."), dim, *sorted(features)])
             slow = name == "auto" and kernel.name == "naive" and device.type != "cpu"
             log, more = (logger.warning, ", which is slow") if slow else (logger.info, "")
             log("hf_fpdt: attention kernel %s for %s, %s%s%s", kernel.name, device.type, kind, more, passed_over)
             return kernel
         reasons.append((kernel, f"{kernel.name} {reason}"))
-    usable = [k.name for k in KERNELS.values() if _why_not(k, *sizes, features) is None]
+    usable = [k.name for k in KERNELS.values() if _why_not(k, *tensors) is None]
     raise ValueError(
         f"FPDTConfig(kernel={name!r}): {'; '.join(text for _, text in reasons)}. Usable here: {', '.join(usable)}; "
         'kernel="auto" takes the fastest of them.'
@@ -78,14 +81,15 @@ def choose_kernel(
 
 
 def _why_not(kernel: AttentionKernel, device, dtype, head_dim, value_dim, features: frozenset[str]) -> str | None:
-    missing = sorted(features - kernel.features)
-    return kernel.why_not(device, dtype, head_dim, value_dim) or (f"has no {' and no '.join(missing)}" if missing else None)
+    missing, sizes = sorted(features - kernel.features), kernel.padded(head_dim, value_dim)
+    return kernel.why_not(device, dtype, *sizes) or (f"has no {' and no '.join(missing)}" if missing else None)
 
 
 def _probe(kernel: AttentionKernel, device, dtype, head_dim, value_dim, features: frozenset[str]) -> str | None:
     """Runs a small causal prefix with grouped heads; None if it agrees with the definition, else what went wrong."""
     if kernel.name == "naive":
         return None
+    head_dim, value_dim = kernel.padded(head_dim, value_dim)
     generator = torch.Generator(device=device).manual_seed(0)  # its own: the user's random stream is not touched
 
     def draw(length, heads, dim):

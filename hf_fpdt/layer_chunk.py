@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention_kernels import AttentionKernel, ScoreRule
+from .attention_kernels import AttentionKernel, ScoreRule, filled
 from .head_exchange import HeadExchange, NoExchange
 from .head_split import HeadGroup
 from .kernel_choice import choose_kernel
@@ -135,11 +135,14 @@ class Chunk:
                 f"{self.call.name}: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they must have one "
                 "dtype. Load the model in one dtype, or run it under autocast (bf16=True)."
             )
-        sizes = (query.device, query.dtype, query.shape[-1], value.shape[-1])
-        how = Attention(choose_kernel(self.call.kernel, *sizes, rule.features), rule, sinks)
-        self.kernel_name = how.kernel.name
+        sizes = (query.shape[-1], value_dim := value.shape[-1])
+        kernel = choose_kernel(self.call.kernel, query.device, query.dtype, *sizes, rule.features)
+        self.kernel_name = kernel.name
+        wide, value_wide = kernel.padded(*sizes)
+        query, key, value = (filled(t, size) for t, size in ((query, wide), (key, wide), (value, value_wide)))
         with no_autocast(query.device.type):
-            return self._attend(how, query, key, value)
+            out = self._attend(Attention(kernel, rule, sinks), query, key, value)
+        return out if value_wide == value_dim else out[..., :value_dim]
 
     def _attend(self, how: "Attention", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         raise NotImplementedError

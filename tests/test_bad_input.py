@@ -34,7 +34,6 @@ from transformers import (
 import hf_fpdt
 from hf_fpdt import FPDTConfig, apply_fpdt
 from hf_fpdt.input_checks import check_streamable
-from hf_fpdt.kernel_choice import choose_kernel
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -71,15 +70,6 @@ def test_kernel_that_cannot_run_here(kernel):
     )
     with pytest.raises(ValueError, match=rf"kernel='{kernel}'.*{kernel} .*{reason}.*Usable here: torch_cpu, naive"):
         model(**make_batch(1))
-
-
-def test_kernel_that_lacks_the_head_dim():
-    """torch's CPU kernel wants value_dim == head_dim."""
-    with pytest.raises(
-        ValueError, match=r"torch_cpu needs value_dim == head_dim, .*value_dim 24 and head_dim 16.*Usable here: naive"
-    ):
-        choose_kernel("torch_cpu", torch.device("cpu"), torch.float32, 16, 24)
-    assert choose_kernel("auto", torch.device("cpu"), torch.float32, 16, 24).name == "naive"
 
 
 def test_prepared_mask(streamed):

@@ -9,7 +9,7 @@ import transformers.trainer
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from reference import make_model, tiny_llama
+from reference import difference, make_model, tiny_llama
 from torch.utils.data import DataLoader
 
 import hf_fpdt
@@ -197,3 +197,61 @@ def test_virtual_tokens_of_shared_sequences_are_refused():
         _check_adapters(peft.get_peft_model(make_model(tiny_llama(), "fpdt"), prompt), 2)
     lora = peft.get_peft_model(make_model(tiny_llama(), "fpdt"), peft.LoraConfig(target_modules=["q_proj"]))
     _check_adapters(lora, 2)
+
+
+@pytest.fixture
+def zero(monkeypatch):
+    """DeepSpeed's module as it was imported, and torch's linear layer, both put back."""
+    module = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
+    linear = module.zero3_linear_wrap
+    monkeypatch.setattr(module, "zero3_linear_wrap", getattr(linear, "__wrapped__", linear))
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+    return module
+
+
+def biased_products(linear, shape=(3, 400, 256)):
+    """In bfloat16, with a bias that is small beside them: how much of it is there on average, the products, and gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).bfloat16().requires_grad_()
+    weight, bias = (torch.randn(512, shape[-1]) / 16).bfloat16().requires_grad_(), torch.full((512,), 5e-4).bfloat16()
+    out = linear(x, weight, bias.requires_grad_())
+    share = (out.double() - x.double() @ weight.double().T).mean().item() / 5e-4
+    return share, out, torch.autograd.grad(out, (x, weight, bias), torch.randn(out.shape).bfloat16())
+
+
+@pytest.mark.parametrize("sharded", ["before", "after"])
+def test_biases_under_zero3_are_whole(zero, sharded):
+    """What DeepSpeed loses of a bias changes losses of models with biases by 1e-3 (docs/results.md, convergence)."""
+    torchs, model = torch.nn.functional.linear, make_model(tiny_llama())
+    assert biased_products(zero.zero3_linear_wrap)[0] < 0.7, "DeepSpeed keeps biases itself now"
+    if sharded == "before":  # what its memory_efficient_linear does
+        torch.nn.functional.linear = zero.zero3_linear_wrap
+    hf_fpdt.apply_fpdt(model)
+    if sharded == "after":
+        torch.nn.functional.linear = zero.zero3_linear_wrap
+    hf_fpdt.apply_fpdt(model)
+    assert torch.nn.functional.linear is not torchs
+    share, out, grads = biased_products(torch.nn.functional.linear)
+    _, want, want_grads = biased_products(torchs)
+    assert share == pytest.approx(1, abs=0.05)
+    assert torch.equal(out, want)
+    for grad, wanted in zip(grads, want_grads, strict=True):
+        assert grad.shape == wanted.shape
+        assert difference(grad, wanted) <= 1e-2
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (0, 7), (2, 0, 7), (2, 3, 4, 7)], ids=str)
+def test_linear_layers_of_any_input(zero, shape):
+    hf_fpdt.apply_fpdt(make_model(tiny_llama()))
+    weight, bias, x = torch.randn(3, 7), torch.randn(3), torch.randn(shape)
+    for some in (None, bias):
+        got, want = zero.zero3_linear_wrap(x, weight, some), torch.nn.functional.linear(x, weight, some)
+        assert got.shape == want.shape
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_torchs_linear_layer_stays_where_deepspeed_leaves_it(zero):
+    """`"memory_efficient_linear": false`, and engines without sharded weights."""
+    torchs = torch.nn.functional.linear
+    hf_fpdt.apply_fpdt(make_model(tiny_llama()))
+    assert torch.nn.functional.linear is torchs

@@ -164,7 +164,6 @@ def _shared(model, sequences) -> _Training:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")])
     engine = accelerator.state.deepspeed_plugin.deepspeed_config
     engine["gradient_clipping"] = CLIP
-    engine["zero_optimization"]["memory_efficient_linear"] = False
     if on_gpu:
         engine["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     optimizer, schedule = _optimizer(model, len(sequences))

@@ -19,10 +19,10 @@ def models():
         vocab_size=2000, max_position_embeddings=1 << 20,
     )  # fmt: skip
     neox = GPTNeoXConfig(
-        hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8, vocab_size=2000,
+        hidden_size=640, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8, vocab_size=2000,
         max_position_embeddings=1 << 20,
     )  # fmt: skip
-    return [(LlamaForCausalLM, llama), (GPTNeoXForCausalLM, neox)]
+    return [(LlamaForCausalLM, llama), (GPTNeoXForCausalLM, neox)]  # heads of 64 and of 80
 
 
 def gradients(model, ids):

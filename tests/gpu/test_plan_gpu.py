@@ -74,6 +74,12 @@ def test_predicted_peak_is_what_a_step_takes(settings, batch, seq_len):
     assert plan.peaks.host <= locked <= 1.05 * plan.peaks.host + SLAB_BYTES
 
 
+@pytest.mark.parametrize("settings", [{"offload": "host"}, {"offload": "host", "kv": "streamed"}], ids=str)
+def test_predicted_peak_with_heads_that_no_kernel_takes(settings):
+    plan, taken = plan_of_a_step({"head_dim": 80}, {"chunk_size": 8192, **settings}, 1, 65536)
+    assert 0.95 * taken <= plan.peaks.device <= 1.05 * taken, f"{taken / 2**30:.3f} GiB taken; {plan}"
+
+
 def test_the_limit_is_kept():
     """Half of what keeping everything takes: the plan gives way, and the step stays below."""
     ids, model = tokens(65536), llama()
