@@ -26,7 +26,7 @@ from hf_fpdt.rates import AttentionRates, Rates
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 GIB = 2**30
-PLENTY = {"gpu_memory": 1 << 50, "host_memory": 1 << 50}
+PLENTY = {"gpu_memory": 1 << 50, "host_memory": 1 << 50, "kernel": "naive"}  # which takes heads of 8 as they are
 UNIT = Rates(
     gpu="unit", gpu_bytes=GIB, matmul=1e30, memory=1e30, launch=0.0, to_host=1e30, to_device=1e30,
     attention={64: AttentionRates(1e30, 1e30, 1e30, 1e30)}, made={}, link=1.0,
@@ -228,10 +228,10 @@ def test_the_launch_line_is_one_of_accelerate(engine, config):
 
 
 def test_the_command_chooses_what_zero_3_is_to_be_told(tmp_path, capsys):
-    tiny_llama(max_position_embeddings=1 << 20).save_pretrained(tmp_path)
+    tiny_llama(max_position_embeddings=1 << 20, head_dim=32).save_pretrained(tmp_path)
     words = ["plan", str(tmp_path), "--gpus", "2", "--gpu-memory", "4GiB", "--chunk-size", "512", "--seq-len", "65536"]
     tokens = 65536 // 2
-    most = (2 * (2 * (32 + 2 * 16) + 2 * 32 + 4 * 4) + 2 * 32) * tokens  # of one process
+    most = (2 * (2 * (32 + 2 * 64) + 2 * 128 + 4 * 4) + 2 * 32) * tokens  # of one process
     assert cli.main([*words, "--host-memory", f"{2.02 * most / GIB}GiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "FPDT_SAVE_ATTENTION" not in found["launch"]
@@ -247,7 +247,7 @@ def test_the_command_chooses_what_zero_3_is_to_be_told(tmp_path, capsys):
     assert cli.main([*words[:-2], "--longest", "--host-memory", "1GiB"]) == 0
     longest = int(re.search(r"1 x (\d+) tokens", capsys.readouterr().out)[1])
     config = FPDTConfig(chunk_size=512, save_attention=False, gpu_memory=4 * GIB, host_memory=GIB // 2)
-    model = llama(max_position_embeddings=1 << 20)
+    model = llama(max_position_embeddings=1 << 20, head_dim=32)
     assert hf_fpdt.plan(model, seq_len=longest, gpus=2, config=config).peaks.host <= GIB // 2
     for save_attention in ("auto", False):
         for kv in ("resident", "streamed"):

@@ -163,7 +163,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     found = rates.load("CPU")
     speeds = [found.matmul, found.memory, found.launch, found.to_host, found.to_device]
     assert all(speed > 0 for speed in speeds)
-    assert set(found.attention) == {64, 128, 256}
+    assert set(found.attention) == {64, 96, 128, 256}
     tiny_llama().save_pretrained(tmp_path / "model")
     words = ["plan", str(tmp_path / "model"), "--seq-len", "4096", "--gpu-memory", "1GiB"]
     assert cli.main([*words, "--rates", "h200"]) == 0

@@ -19,6 +19,7 @@ _OURS = 0.46
 _GPT = 0.8  # of that: heads of 80, and norms and activations that are not fused
 _START_S = {"sdpa": 6, "liger": 9, "alst": 8}
 _OUR_START_S = 22  # compiles kernels, measures, locks memory; with others beside it on the host
+_UNCOMPILED_START_S = 10  # the same with a kernel that is there
 _LAUNCH_S = 28  # of several processes, with the engine
 
 
@@ -33,7 +34,9 @@ def seconds_of(spec: Spec | SharedSpec, gpu_gib: float = H100_GIB) -> float:
     if ours and spec.fpdt.get("save_attention") is False:
         step *= 1.3
     start = _LAUNCH_S if shared else 0
-    start += _OUR_START_S if ours else _START_S.get(spec.contender, 8)
+    there = spec.fpdt.get("kernel", "auto") not in ("auto", "flash_attention_4")
+    ours_s = _UNCOMPILED_START_S if there else _OUR_START_S
+    start += ours_s if ours else _START_S.get(spec.contender, 8)
     locked = getattr(spec, "ballast_host_gib", 0.0) / 2  # seconds: 2 GiB of host memory are locked in one
     return start + locked + (1 + spec.repeats) * step
 
