@@ -1,6 +1,7 @@
 """Shared by all tests: offline, deterministic, and uninitialized memory that shows."""
 
 import os
+import re
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,26 @@ with torch.device("meta"):  # learns what `torch.empty` is now, before it is rep
 
 # The tensors are tiny: a second thread only waits, and for long if another process runs beside the tests.
 torch.set_num_threads(1)
+
+
+# What starts processes, here or in the benchmarks: a test file that imports some of it waits for other such files.
+_STARTING = re.compile(
+    r"^(?:from|import) (?:ranks|started|documented|test_launched|subprocess|multiprocessing|benchmarks)\b", re.MULTILINE
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """
+    With `-n 2 --dist loadgroup` one worker has all files that start processes, and the other the rest, a file at a time: ranks
+    that wait for each other spin, and two sets of them on two cores take three times as long.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    groups = {}
+    for item in items:
+        if item.path not in groups:
+            groups[item.path] = "processes" if _STARTING.search(item.path.read_text()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
 
 
 def pytest_collection_finish(session):

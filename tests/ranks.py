@@ -1,5 +1,6 @@
 """Runs a function in several processes that share a gloo group on this machine."""
 
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,7 +33,7 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: int = 90
     """
     with TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(target=_run, args=(function, rank, world_size, folder, args), daemon=True)
+            _CONTEXT.Process(target=_run, args=(function, rank, world_size, folder, os.getpid(), args), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -50,8 +51,10 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: int = 90
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
 
 
-def _run(function: Callable, rank: int, world_size: int, folder: str, args: tuple) -> None:
+def _run(function: Callable, rank: int, world_size: int, folder: str, parent: int, args: tuple) -> None:
     torch.set_num_threads(1)
+    # DeepSpeed names the memory that ranks on CPUs share by these: two groups of one name wait for each other's.
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(parent)}
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
