@@ -15,8 +15,8 @@ help:  ## this list
 demo: $(VENV)/.installed  ## set up, then finetune a small Llama on real long text, with and without fpdt
 	$(BIN)/python examples/finetune_long_context.py --output_dir outputs/demo --compare_with sdpa
 
-test: $(VENV)/.installed  ## set up, then run the CPU tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(VENV)/.installed  ## set up, then run the CPU tests
+	$(BIN)/python -m pytest
 
 test-gpu:  ## the tests that need a GPU, in the current environment
 	$(PYTHON) -m pytest -m gpu

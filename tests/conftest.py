@@ -23,18 +23,20 @@ _STARTING = re.compile(
 )
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config, log):
     """
-    With `-n 2 --dist loadgroup` one worker has all files that start processes, and the other the rest, a file at a time: ranks
-    that wait for each other spin, and two sets of them on two cores take three times as long.
+    With `-n 2` one worker has all files that start processes, and the other the rest, a file at a time: ranks that wait for
+    each other spin, and two sets of them on two cores take three times as long.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups = {}
-    for item in items:
-        if item.path not in groups:
-            groups[item.path] = "processes" if _STARTING.search(item.path.read_text()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByProcesses(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "processes" if _STARTING.search((config.rootpath / file).read_text()) else file
+
+    return ByProcesses(config, log)
 
 
 def pytest_collection_finish(session):
