@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure what this machine's GPU does in a second, by which plan tells the time of a step",
-        description="Takes about a minute. The result is kept for this user, and `hf-fpdt plan` finds it.",
+        description="Takes a minute or two. The result is kept for this user, and `hf-fpdt plan` finds it.",
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command")

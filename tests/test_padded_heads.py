@@ -108,11 +108,6 @@ def test_sizes(name, sizes, want):
     assert KERNELS[name].padded(*sizes) == want
 
 
-def test_too_large_is_told_by_what_the_model_has():
-    why = KERNELS["cudnn"].why_not(torch.device("cuda"), torch.bfloat16, 192, 192)
-    assert why == "needs heads of 128 at most, and the model has 192"
-
-
 def test_filled():
     x = torch.randn(2, 3, 5)
     assert filled(x, 5) is x

@@ -34,9 +34,11 @@ def seconds_of(spec: Spec | SharedSpec, gpu_gib: float = H100_GIB) -> float:
     if ours and spec.fpdt.get("save_attention") is False:
         step *= 1.3
     start = _LAUNCH_S if shared else 0
-    there = spec.fpdt.get("kernel", "auto") not in ("auto", "flash_attention_4")
-    ours_s = _UNCOMPILED_START_S if there else _OUR_START_S
-    start += ours_s if ours else _START_S.get(spec.contender, 8)
+    if ours:
+        compiled = spec.fpdt.get("kernel", "auto") in ("auto", "flash_attention_4")
+        start += _OUR_START_S if compiled else _UNCOMPILED_START_S
+    else:
+        start += _START_S.get(spec.contender, 8)
     locked = getattr(spec, "ballast_host_gib", 0.0) / 2  # seconds: 2 GiB of host memory are locked in one
     return start + locked + (1 + spec.repeats) * step
 
